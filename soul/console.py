@@ -1,0 +1,63 @@
+"""What a person sees: text that cannot lie, and progress with rate and time left.
+
+Tool results, teacher replies and model output may carry rich markup, terminal escapes or bidirectional overrides.
+`console.print(text)` raises on `[/bold]`, and `markup=False` still passes raw escapes; so untrusted text always goes
+through `plain`.
+"""
+
+import re
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
+
+console = Console(stderr=True, highlight=False)
+output = Console(highlight=False)
+
+_BIDI = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+_HIDDEN = re.compile(f"[\x00-\x08\x0b-\x1f\x7f-\x9f{_BIDI}\ud800-\udfff]")
+
+
+def visible(text: str) -> str:
+    """`text` with every control character, escape and bidirectional override shown instead of obeyed."""
+
+    def show(match: re.Match) -> str:
+        code = ord(match.group())
+        return chr(0x2400 + code) if code < 0x20 else f"<U+{code:04X}>"
+
+    return _HIDDEN.sub(show, text.replace("\r\n", "\n"))
+
+
+def plain(text: str, style: str = "") -> Text:
+    """`text` as a rich Text: no markup is read from it, no escape gets through."""
+    return Text(visible(text), style=style)
+
+
+@contextmanager
+def progress(description: str, total: int | None = None, unit: str = "rows"):
+    """Progress on stderr: yields `update(completed, note="")`. Shows count, rate per second, elapsed and time left."""
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=console,
+        transient=False,
+    )
+    with bar:
+        task = bar.add_task(description, total=total, rate="", note="")
+        start: dict[str, float] = {}
+
+        def update(completed: float, note: str = "") -> None:
+            # what was already there on a resume must not count as speed
+            base = start.setdefault("completed", completed)
+            elapsed = bar.tasks[task].elapsed or 0.0
+            rate = (completed - base) / elapsed if elapsed > 0 and completed > base else 0.0
+            bar.update(task, completed=completed, rate=f"{rate:,.1f} {unit}/s" if rate else "", note=visible(note))
+
+        yield update

@@ -1,0 +1,167 @@
+"""The front door: dispatches a command to the room that does it, and turns a person's mistakes into one clear line.
+
+Nothing but wiring. A command is a module with a frozen dataclass `Config` (the only place its defaults live) and
+`main(config) -> int`; it is imported only when it is called, so `soulsmith --help` needs neither JAX nor tyro.
+"""
+
+import dataclasses
+import importlib
+import os
+import shlex
+import signal
+import sys
+import types
+import typing
+from contextlib import contextmanager
+from pathlib import Path
+
+from soul.errors import UserError
+from soul.files import disk_error, read_json, read_text, write_json
+
+COMMANDS = {  # name: (module, help)
+    "quickstart": ("quickstart", "SOUL.md to data, tuned model, evals and report, on this machine, with no key"),
+    "soul check": ("soul.check_cmd", "print a SOUL.md's principles, checks, conflicts and what is unverified"),
+    "pull": ("model.pull", "fetch a small open model into the cache"),
+    "generate": ("datagen.generate", "generate, critique, revise: SFT and preference rows from a SOUL and seeds"),
+    "convert": ("datagen.convert", "make executed tool rollouts from code"),
+    "show": ("datagen.show", "print rows of a dataset readably"),
+    "sft": ("training.sft", "fine-tune a model on conversations"),
+    "dpo": ("training.dpo", "preference-tune a model on chosen/rejected pairs"),
+    "eval": ("evals.run", "measure SOUL adherence and tool use on held-out prompts"),
+    "report": ("evals.report", "write report.md and report.html of a run"),
+    "chat": ("agent.chat", "talk to a model that can Read, Edit, Grep and Bash, with your permission"),
+}
+VERSION = "0.1.0"
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(_usage())
+        return 0
+    if argv[0] in ("-V", "--version"):
+        print(f"soulsmith {VERSION}")
+        return 0
+    try:
+        name, rest = _command(argv)
+        return _run(name, rest)
+    except UserError as error:
+        print(f"soulsmith: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\nstopped. Go on with: soulsmith {shlex.join(argv)}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `soulsmith show … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except OSError as error:
+        print(f"soulsmith: {disk_error(error, error.filename or Path.cwd())}", file=sys.stderr)
+        return 2
+
+
+def _usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()]
+    return "\n".join(
+        ["soulsmith: write a SOUL.md, get a dataset, a tuned model and an agent that behave like it.", "", "usage: soulsmith COMMAND [--help] …", ""]
+        + lines
+        + ["", "Every command that writes to --out saves its resolved settings there; --config FILE reads such a file back."]
+    )
+
+
+def _command(argv: list[str]) -> tuple[str, list[str]]:
+    for words in (2, 1):
+        if (name := " ".join(argv[:words])) in COMMANDS:
+            return name, argv[words:]
+    import difflib
+
+    near = difflib.get_close_matches(argv[0], COMMANDS, n=1)
+    raise UserError(f"no command {argv[0]!r}", fix=f"Did you mean `soulsmith {near[0]}`?" if near else "See `soulsmith --help`.")
+
+
+def _run(name: str, argv: list[str]) -> int:
+    import tyro
+
+    module = importlib.import_module(COMMANDS[name][0])
+    argv, default = _saved_config(module.Config, argv)
+    config = tyro.cli(module.Config, args=argv, default=default, prog=f"soulsmith {name}", description=module.Config.__doc__ or module.__doc__)
+    with _config_file(name, config):
+        return module.main(config)
+
+
+def _saved_config(cls: type, argv: list[str]) -> tuple[list[str], object | None]:
+    """Take `--config FILE` out of `argv`; its values become the defaults that flags may still change."""
+    if "--config" not in argv:
+        return argv, None
+    at = argv.index("--config")
+    if at + 1 == len(argv):
+        raise UserError("--config needs a file")
+    path = argv[at + 1]
+    return argv[:at] + argv[at + 2 :], config_from_json(cls, read_json(path), path)
+
+
+def config_from_json(cls: type, values: object, where: str) -> object:
+    """A config dataclass from what `config_to_json` wrote; an unknown or missing key is a UserError naming it."""
+    if not isinstance(values, dict):
+        raise UserError("must hold a JSON object of settings", where=where)
+    hints = typing.get_type_hints(cls)
+    known = {field.name for field in dataclasses.fields(cls)}
+    if unknown := sorted(set(values) - known):
+        raise UserError(f"unknown setting {unknown[0]!r}", where=where, fix=f"Settings are: {', '.join(sorted(known))}.")
+    required = {f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING}
+    if missing := sorted(required - set(values)):
+        raise UserError(f"setting {missing[0]!r} is missing", where=where)
+    return cls(**{key: _typed(hints[key], value, f"{where}: {key}") for key, value in values.items()})
+
+
+def _typed(hint: object, value: object, where: str) -> object:
+    hint = typing.get_args(hint)[0] if typing.get_origin(hint) is typing.Annotated else hint
+    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    if value is None and type(None) in options:
+        return None
+    option = next(option for option in options if option is not type(None))
+    if dataclasses.is_dataclass(option):
+        return config_from_json(option, value, where)
+    if option is Path:
+        return Path(str(value))
+    if typing.get_origin(option) is tuple or option is tuple:
+        return tuple(Path(v) if Path in typing.get_args(option) else v for v in value)
+    if option is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if option in (int, float, str, bool) and type(value) is not option:
+        raise UserError(f"must be {option.__name__}, not {value!r}", where=where)
+    return value
+
+
+def config_to_json(config: object) -> object:
+    if dataclasses.is_dataclass(config):
+        return {field.name: config_to_json(getattr(config, field.name)) for field in dataclasses.fields(config)}
+    if isinstance(config, (list, tuple)):
+        return [config_to_json(value) for value in config]
+    return str(config) if isinstance(config, Path) else config
+
+
+@contextmanager
+def _config_file(name: str, config: object):
+    """Save the resolved config as OUT/COMMAND.json; when the command refuses its input, leave the directory as it was."""
+    out = getattr(config, "out", None)
+    if out is None:
+        yield
+        return
+    path = Path(out) / f"{name.replace(' ', '_')}.json"
+    before, new_directory = (read_text(path) if path.exists() else None), not Path(out).exists()
+    write_json(path, config_to_json(config))
+    try:
+        yield
+    except UserError:
+        if before is None:
+            path.unlink(missing_ok=True)
+        else:
+            path.write_text(before, encoding="utf-8")
+        if new_directory and not any(Path(out).iterdir()):
+            Path(out).rmdir()
+        raise
+
+
+if __name__ == "__main__":
+    sys.exit(main())
