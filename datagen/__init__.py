@@ -1,0 +1,1 @@
+"""SOUL.md and seeds to datasets: teachers, journal, recipes, tool rollouts, export."""

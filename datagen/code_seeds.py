@@ -1,0 +1,257 @@
+"""Functions and docstrings of installed Python code, and requests made from them.
+
+The embedded default of the quickstart: real input that every machine with a Python has. Nothing is imported or run;
+sources are only parsed.
+"""
+
+import ast
+import hashlib
+import importlib.util
+import random
+import re
+import sysconfig
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from datagen.phrases import VERBS, ask
+from soul.errors import UserError
+
+HELD_OUT_SHARE = 0.2
+MAX_FILE_BYTES = 64_000
+MAX_PART_CHARS = 8_000
+SKIP_PARTS = {
+    "test", "tests", "idlelib", "idle_test", "lib2to3", "encodings", "site-packages", "dist-packages", "__pycache__", "turtledemo",
+    "ensurepip", "pydoc_data", "distutils", "node_modules", "build", "venv",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Module:
+    """One source file: its dotted name, its path below the walked root, and its text; of a long file a part of whole statements."""
+
+    name: str
+    path: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Function:
+    """A function or method with a docstring; `source` is dedented, `line`..`end_line` (1-based) are its place in the file."""
+
+    module: Module
+    qualname: str
+    args: str
+    doc: str
+    source: str
+    line: int
+    end_line: int
+
+    @property
+    def name(self) -> str:
+        return self.qualname.rpartition(".")[2]
+
+    @property
+    def is_method(self) -> bool:
+        return "." in self.qualname
+
+    @property
+    def id(self) -> str:
+        return f"{self.module.name}.{self.qualname}"
+
+
+def stdlib_root() -> Path:
+    return Path(sysconfig.get_path("stdlib"))
+
+
+def package_root(name: str) -> Path:
+    """The directory (or single file) that holds an installed package's source, without importing it."""
+    try:
+        spec = importlib.util.find_spec(name.partition(".")[0])
+    except (ImportError, ValueError):
+        spec = None
+    if spec is None or not (spec.submodule_search_locations or (spec.origin or "").endswith(".py")):
+        raise UserError(f"no installed Python package called {name!r} has sources here", fix="name an installed package, e.g. json")
+    return Path(spec.submodule_search_locations[0] if spec.submodule_search_locations else spec.origin)
+
+
+def read_code(source: str) -> list[Function]:
+    """The functions of `stdlib`, of a directory or file, or of `package:NAME`. Raises UserError when there are none."""
+    if source == "stdlib":
+        root, prefix = stdlib_root(), ""
+    elif source.startswith("package:"):
+        root, prefix = package_root(source[8:]), source[8:]
+    else:
+        root, prefix = Path(source), ""
+        if not root.exists():
+            raise UserError("no such file or directory", where=source, fix="give a directory of Python code, or `stdlib`")
+    functions = list(walk(root, prefix))
+    if not functions:
+        raise UserError("no Python function with a docstring found", where=str(root), fix="give a directory of documented Python code")
+    return functions
+
+
+def walk(root: Path, prefix: str = "") -> Iterator[Function]:
+    """Functions of all public modules below root, in a stable order; files that can't be read or parsed are passed over."""
+    for path in [root] if root.is_file() else sorted(root.rglob("*.py"), key=lambda path: path.as_posix()):
+        relative = Path(path.name) if root.is_file() else path.relative_to(root)
+        parts = relative.with_suffix("").parts
+        parts = parts[:-1] if parts[-1] == "__init__" else parts
+        if any(part in SKIP_PARTS or part.startswith(("_", ".", "test_")) or part.endswith("_test") for part in parts):
+            continue
+        name = ".".join(part for part in (prefix, *parts) if part) or relative.stem
+        try:
+            if path.stat().st_size > MAX_FILE_BYTES:
+                continue
+            text = path.read_bytes().decode("utf-8").replace("\r\n", "\n")
+            yield from functions_of(Module(name, relative.as_posix(), text))
+        except (OSError, UnicodeDecodeError, SyntaxError, ValueError, RecursionError):
+            continue
+
+
+def functions_of(module: Module) -> Iterator[Function]:
+    """Public top-level functions, and methods of public top-level classes, that have a docstring and no decorator."""
+    for part, nodes in parts_of(module):
+        lines = part.text.splitlines(keepends=True)
+        for node in nodes:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                prefix, items = f"{node.name}.", node.body
+            else:
+                prefix, items = "", [node]
+            for item in items:
+                if not isinstance(item, ast.FunctionDef) or item.name.startswith("_") or item.decorator_list:
+                    continue
+                if doc := first_sentence(ast.get_docstring(item) or ""):
+                    source = dedent("".join(lines[item.lineno - 1 : item.end_lineno]), item.col_offset)
+                    yield Function(part, prefix + item.name, ast.unparse(item.args), doc, source, item.lineno, item.end_lineno)
+
+
+def parts_of(module: Module) -> list[tuple[Module, list[ast.stmt]]]:
+    """A module cut between top-level statements into parts of about MAX_PART_CHARS, each parsed by itself (so that line
+    numbers are its own). A rollout carries its files, so they must be short; a class longer than a part stays whole."""
+    lines = module.text.splitlines(keepends=True)
+    nodes = parse(module.text).body
+    cuts, size = [0], 0
+    for node in nodes[1:]:
+        start = min([node.lineno, *(item.lineno for item in getattr(node, "decorator_list", []))]) - 1
+        size = sum(map(len, lines[cuts[-1] : max(start, node.end_lineno)]))
+        if size > MAX_PART_CHARS and start > cuts[-1] and not lines[start][:1].isspace():
+            cuts.append(start)
+    if len(cuts) == 1:
+        return [(module, nodes)]
+    texts = ["".join(lines[start:end]).strip("\n") + "\n" for start, end in zip(cuts, [*cuts[1:], len(lines)], strict=True)]
+    return [(Module(module.name, module.path, text), parse(text).body) for text in texts]
+
+
+def parse(text: str) -> ast.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # old sources have invalid escapes
+        return ast.parse(text)
+
+
+def brief(function: Function) -> str:
+    """The source with the docstring cut to its first sentence: short enough for a small model's context, and still real."""
+    node = parse(function.source).body[0]
+    lines, docstring = function.source.splitlines(), node.body[0]
+    if docstring.lineno == node.lineno:
+        return function.source
+    indent = " " * docstring.col_offset
+    kept = [*lines[: docstring.lineno - 1], f'{indent}"""{function.doc}."""', *lines[docstring.end_lineno :]]
+    body = [line for i, line in enumerate(kept) if line.strip() or i > docstring.lineno]
+    return "\n".join(body) + "\n"
+
+
+def dedent(source: str, by: int) -> str:
+    """Removes `by` leading blanks where a line has them (a string's continuation lines may not)."""
+    lines = [line[by:] if not line[:by].strip() else line for line in source.splitlines()]
+    return "\n".join(line.rstrip() for line in lines) + "\n"
+
+
+def first_sentence(docstring: str) -> str:
+    """The first sentence of a docstring as one line without its full stop, or "" when it isn't a plain short sentence."""
+    paragraph = " ".join(docstring.strip().split("\n\n")[0].split())
+    sentence = re.split(r"(?<=[a-z)\]'\"`])\.(?:\s|$)", paragraph)[0].strip().rstrip(".:")
+    plain = sentence.isascii() and not re.search(r"[<>{}|\\]|--|->|\.\.\.|::|``|^\w*\(|\(c\)|http|>>>", sentence)
+    balanced = sentence.count("(") == sentence.count(")") and sentence.count('"') % 2 == 0
+    return sentence if plain and balanced and 3 <= len(sentence.split()) <= 18 and sentence[:1].isalpha() else ""
+
+
+def is_held_out(module_name: str, share: float = HELD_OUT_SHARE) -> bool:
+    """Whether a module is kept for evals: a stable hash of its name, so the split is the same on every machine and run."""
+    return int.from_bytes(hashlib.sha256(module_name.encode()).digest()[:4]) / 2**32 < share
+
+
+def split(functions: Iterable[Function], share: float = HELD_OUT_SHARE) -> tuple[list[Function], list[Function]]:
+    """(train, held_out): the two share no module."""
+    functions = list(functions)
+    held_out = [function for function in functions if is_held_out(function.module.name, share)]
+    return [function for function in functions if not is_held_out(function.module.name, share)], held_out
+
+
+# ---- docstrings as words in a sentence
+
+CODE_WORD = re.compile(
+    r"(?<![\w`])(?:[A-Za-z_]+[._][\w.]*\w(?:\(\))?|\w+\(\)|[A-Z]{2,}\w*|[a-z]+[A-Z]\w*|[A-Z]\w*[a-z][A-Z]\w*|None|True|False|\*\w+\*?)(?![\w`])"
+)
+
+
+def imperative(doc: str) -> str:
+    """'Returns True if s is lowercase' -> 'return `True` if s is lowercase'; "" when it doesn't begin with a known verb."""
+    first, _, rest = doc.partition(" ")
+    word = first.lower()
+    stems = [word, word.removesuffix("s"), word.removesuffix("es"), word.removesuffix("ies") + "y"]
+    verb = next((stem for stem in stems if stem in VERBS), None)
+    return f"{verb} {quoted(rest)}" if verb and rest else ""
+
+
+def third_person(doc: str) -> str:
+    """'Return True if s is lowercase' -> 'returns `True` if s is lowercase'; "" when it doesn't begin with a known verb."""
+    verb, _, rest = imperative(doc).partition(" ")
+    if not verb:
+        return ""
+    if verb.endswith("y") and verb[-2] not in "aeou":
+        return f"{verb[:-1]}ies {rest}"
+    return f"{verb}{'es' if verb.endswith(('s', 'sh', 'ch', 'x', 'z', 'o')) else 's'} {rest}"
+
+
+def quoted(text: str) -> str:
+    """Puts identifiers in backticks, so that they count as code and keep their case."""
+    return CODE_WORD.sub(lambda word: f"`{word[0]}`", text)
+
+
+# ---- seeds for generate -> critique -> revise
+
+
+def chat_seeds(functions: Sequence[Function], n: int, seed: int = 0) -> list[dict]:
+    """n seed rows {id, prompt, source} in a varied mixture: what is X, how to write X, what does this code do."""
+    rows, seen = [], set()
+    usable = [function for function in functions if imperative(function.doc)]
+    modules = by_module(usable)
+    for attempt in range(8 * n):
+        rng = random.Random(f"chat:{seed}:{attempt}")
+        function = rng.choice(modules[rng.choice(list(modules))])
+        prompt = chat_prompt(rng, function)
+        if prompt and prompt not in seen:
+            seen.add(prompt)
+            rows.append({"id": f"chat-{seed}-{attempt}", "prompt": prompt, "source": f"code:{function.module.name}"})
+        if len(rows) == n:
+            break
+    return rows
+
+
+def chat_prompt(rng: random.Random, function: Function) -> str:
+    kind = rng.choice(["chat", "chat", "write", "code"])
+    code = brief(function)
+    if kind == "code" and len(code) <= 600:
+        return f"{ask(rng, 'code')}\n```python\n{code}```"
+    if kind == "write" and not function.is_method and len(f"{function.name}({function.args})") <= 60:
+        return ask(rng, "write", sig=f"`{function.name}({function.args})`", doc=imperative(function.doc))
+    return ask(rng, "chat", id=rng.choice([function.id, f"`{function.id}`"]))
+
+
+def by_module(functions: Iterable[Function]) -> dict[str, list[Function]]:
+    groups: dict[str, list[Function]] = {}
+    for function in functions:
+        groups.setdefault(function.module.name, []).append(function)
+    return groups

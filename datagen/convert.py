@@ -1,0 +1,320 @@
+"""`soulsmith convert`: tool rollouts from code, without a teacher.
+
+Every call is executed in a temporary workspace while the rollout is built, remarks pass the SOUL's checks, and what
+fails is dropped and counted. Row i depends on (seed, i) alone: the same bytes with one worker or many.
+"""
+
+import multiprocessing
+import random
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from datagen.code_changes import Unsuitable
+from datagen.code_seeds import Function, parse, read_code, split
+from datagen.from_code import KINDS, Pool, Task
+from datagen.phrases import Voice
+from soul import rows
+from soul.console import output as stdout
+from soul.console import plain, progress
+from soul.conversation import assistant, tool, tool_call, user
+from soul.errors import UserError
+from soul.files import write_atomic, write_json
+from soul.spec import Soul, check_table, load_soul, repair, run_checks
+from workspace.tools import REJECTED, Workspace
+
+CHUNK = 32
+REMARK_TRIES = 4
+DRAWS = 8
+MAX_CHARS = 1900  # of requests, calls, results and remarks: 640 tokens of SmolLM2's vocabulary at the worst ratio measured on rollouts
+
+
+@dataclass(frozen=True)
+class Config:
+    """Make tool rollouts from real code; every tool result comes from executing the tool."""
+
+    soul: Path = Path("soul/SOUL.md")
+    """The SOUL.md whose voice and checks the remarks follow."""
+    out: Path = Path("runs/code")
+    """The run directory; writes data/rollouts.parquet and data/rollouts_preference.parquet there."""
+    from_code: str = "stdlib"
+    """A directory of Python code, or `stdlib`."""
+    from_package: str = ""
+    """An installed package to take the code from, instead of --from-code."""
+    n: int = 400
+    """How many rollouts."""
+    seed: int = 0
+    workers: int = 1
+    include_held_out: bool = False
+    """Also use the modules kept for evals."""
+
+
+# ---- one rollout
+
+
+def execute(task: Task) -> list[str]:
+    """Run the task's calls in a fresh workspace; gives their results. Raises Unsuitable when anything is not as the task says."""
+    with tempfile.TemporaryDirectory(prefix="soulsmith-") as directory:
+        root = Path(directory)
+        write_files(root, task.files)
+        workspace, results = Workspace(root), []
+        for step in (step for step in task.steps if step.tool):
+            result = REJECTED if step.rejected else workspace.run(step.tool, step.args)
+            if step.expect not in result or result.startswith("error: ") != step.expect.startswith("error: "):
+                raise Unsuitable(f"{step.tool} gave another result")
+            results.append(result)
+        for path, text in (task.files | task.final).items():
+            if (root / path).read_text(encoding="utf-8") != text:
+                raise Unsuitable("final file differs")
+            if path in task.final and not parses(text):
+                raise Unsuitable("final file does not parse")
+    return results
+
+
+def write_files(root: Path, files: dict[str, str]) -> None:
+    for path, text in files.items():
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_text(text, encoding="utf-8", newline="")
+
+
+def parses(text: str) -> bool:
+    try:
+        parse(text)
+    except SyntaxError:
+        return False
+    return True
+
+
+def speak(task: Task, results: list[str], voice: Voice, rng: random.Random) -> tuple[list[dict], list[str]]:
+    """The conversation with remarks that pass every check of the SOUL, and the principles that a repair touched."""
+    for _ in range(REMARK_TRIES):
+        messages, left = [user(task.request)], iter(results)
+        for step in task.steps:
+            text = voice.say(rng, step.situation, task.slots | step.slots)
+            if text is None:
+                raise Unsuitable(f"no remark passes the SOUL: {step.situation}")
+            if step.tool:
+                messages += [assistant(text, tool_call(step.tool, **step.args)), tool(next(left))]
+            else:
+                messages.append(assistant(text))
+        messages, repaired = repair(voice.soul, messages)
+        faults = run_checks(voice.soul, messages)
+        if not faults:
+            return messages, repaired
+    raise Unsuitable(f"breaks the SOUL: {faults[0].principle}")
+
+
+def preference(task: Task, messages: list[dict], voice: Voice, rng: random.Random) -> tuple[list[dict], dict, dict, list[dict]] | None:
+    """(prompt, chosen, rejected, check table of the rejected side): one assistant message in the SOUL's voice and in another.
+    The calls are the same; rejected is the longer one in half of the pairs, and otherwise as near in length as can be."""
+    spoken = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    place = 0 if rng.random() < 0.75 else len(spoken) - 1
+    prompt, chosen = messages[: spoken[place]], messages[spoken[place]]
+    step, longer = task.steps[place], rng.random() < 0.5
+    if run_checks(voice.soul, [*prompt, chosen]):
+        return None
+    length = len(chosen["content"])
+    candidates = list(dict.fromkeys(voice.misaligned(rng, step.situation, task.slots | step.slots)))
+    for text in sorted(candidates, key=lambda text: ((len(text) > length) != longer, abs(len(text) - length))):
+        other = chosen | {"content": text}
+        if any(fault.message_index == len(prompt) for fault in run_checks(voice.soul, [*prompt, other])):
+            return prompt, chosen, other, check_table(voice.soul, [*prompt, other])
+    return None
+
+
+class Builder:
+    """What a worker needs to make rollout i: functions, voice and seed, prepared once."""
+
+    def __init__(self, soul: Soul, functions: Sequence[Function], seed: int):
+        self.pool, self.voice, self.seed = Pool(functions), Voice(soul), seed
+        self.verifiable = any(principle.checks for principle in soul.principles)
+
+    def build(self, attempt: int) -> tuple[str, str, dict | None, dict | None]:
+        """(kind, reason, row, pair); the row is None when the attempt was dropped for `reason`."""
+        rng = random.Random(f"rollout:{self.seed}:{attempt}")
+        make = rng.choices(list(KINDS), list(KINDS.values()))[0]
+        kind = make.__name__
+        try:
+            task = self._draw(rng, make)
+            kind = task.kind
+            messages, repaired = speak(task, execute(task), self.voice, rng)
+            if length(messages) > MAX_CHARS:
+                raise Unsuitable("too long")
+        except Unsuitable as dropped:
+            return kind, str(dropped), None, None
+        common = {
+            "id": f"code-{self.seed}-{attempt}",
+            "source": f"code:{task.source}",
+            "soul_hash": self.voice.soul.hash,
+            "files": [{"path": path, "content": text} for path, text in task.files.items()],
+        }
+        checks = check_table(self.voice.soul, messages)
+        row = common | {"messages": messages, "principles": repaired, "checks": checks, "reason": task.kind}
+        found = preference(task, messages, self.voice, rng) if self.verifiable else None
+        if not found:
+            return kind, "", row, None
+        prompt, chosen, other, table = found
+        broken = sorted({check["principle"] for check in table if not check["ok"]})
+        return (
+            kind,
+            "",
+            row,
+            common
+            | {"prompt": prompt, "chosen": [chosen], "rejected": [other], "principles": broken, "checks": table, "reason": task.kind},
+        )
+
+    def _draw(self, rng: random.Random, make) -> Task:
+        # a function that suits no task of its kind says nothing about the yield: draw others before giving up
+        for _ in range(DRAWS - 1):
+            try:
+                return make(rng, self.pool)
+            except Unsuitable:
+                continue
+        return make(rng, self.pool)
+
+
+def length(messages: list[dict]) -> int:
+    return sum(
+        len(message["content"]) + sum(len(call["function"]["arguments"]) + 20 for call in message.get("tool_calls", ())) + 8
+        for message in messages
+    )
+
+
+# ---- many
+
+
+_builder: Builder | None = None
+
+
+def _start(soul: Soul, functions: Sequence[Function], seed: int) -> None:
+    global _builder
+    _builder = Builder(soul, functions, seed)
+
+
+def _chunk(start: int) -> list[tuple[str, str, dict | None, dict | None]]:
+    return [_builder.build(attempt) for attempt in range(start, start + CHUNK)]
+
+
+def attempts(
+    soul: Soul, functions: Sequence[Function], seed: int, workers: int, most: int
+) -> Iterator[tuple[str, str, dict | None, dict | None]]:
+    """Results of attempts 0, 1, 2 … in order, however many workers make them."""
+    starts = range(0, most, CHUNK)
+    if workers <= 1:
+        builder = Builder(soul, functions, seed)
+        yield from (builder.build(attempt) for attempt in range(starts.stop))
+        return
+    # spawned, not forked: JAX's threads do not survive a fork
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(soul, list(functions), seed)) as executor:
+        try:
+            for results in executor.map(_chunk, starts):
+                yield from results
+        finally:
+            executor.shutdown(cancel_futures=True)
+
+
+def build_rollouts(
+    soul: Soul, functions: Sequence[Function], n: int, seed: int = 0, workers: int = 1, on_row=None
+) -> tuple[list[dict], list[dict], dict]:
+    """(sft rows, preference rows, stats) of n rollouts made from `functions`; fewer when 4 n attempts don't give n.
+
+    Every row passes all checks of the SOUL, and carries in `files` the workspace that its calls start from.
+    """
+    done, pairs, kinds, dropped, seen = [], [], Counter(), Counter(), set()
+    tried = 0
+    for kind, reason, row, pair in attempts(soul, functions, seed, workers, 4 * n + CHUNK):
+        if len(done) == n:
+            break
+        tried += 1
+        if row and row["messages"][0]["content"] in seen:
+            reason, row = "duplicate request", None
+        if row is None:
+            dropped[f"{kind}: {reason}"] += 1
+            continue
+        seen.add(row["messages"][0]["content"])
+        done.append(row)
+        kinds[kind] += 1
+        if pair:
+            pairs.append(pair)
+        if on_row:
+            on_row(len(done))
+    stats = {
+        "wanted": n,
+        "attempts": tried,
+        "rollouts": len(done),
+        "pairs": len(pairs),
+        "kinds": dict(sorted(kinds.items())),
+        "dropped": dict(sorted(dropped.items())),
+    }
+    return done, pairs, stats | {"longer_rejected": share_longer(pairs)}
+
+
+def share_longer(pairs: list[dict]) -> float | None:
+    """How often the rejected side is the longer one: ½ leaves no length shortcut to learn."""
+    lengths = [(len(pair["chosen"][0]["content"]), len(pair["rejected"][0]["content"])) for pair in pairs]
+    return round(sum((b > a) + 0.5 * (a == b) for a, b in lengths) / len(lengths), 3) if lengths else None
+
+
+# ---- the command
+
+
+def write(out: Path, soul: Soul, source: str, rollouts: list[dict], pairs: list[dict], stats: dict) -> None:
+    rows.write_rows(out / "data/rollouts.parquet", rollouts, "sft")
+    rows.write_rows(out / "data/rollouts_preference.parquet", pairs, "preference")
+    write_json(out / "data/rollouts_stats.json", stats)
+    write_atomic(out / "data/rollouts.md", card(soul, source, stats))
+
+
+def card(soul: Soul, source: str, stats: dict) -> str:
+    """The dataset card: where the rows come from, how many of each kind, and what was dropped and why."""
+    pairs = "No pairs."
+    if stats["pairs"]:
+        pairs = (
+            f"{stats['pairs']} pairs: same calls, other prose. The rejected side is the longer one in {stats['longer_rejected']} of them."
+        )
+    elif not any(principle.checks for principle in soul.principles):
+        pairs = "No pairs: this SOUL has no machine checks, so no pair could be verified."
+    return f"""# Tool rollouts from code
+
+{stats["rollouts"]} rollouts made from the functions of `{source}` in {stats["attempts"]} attempts, for the SOUL `{soul.name}` ({soul.hash[:12]}).
+Every tool result was produced by executing the tool on the row's `files`; remarks come from phrase templates and pass every check.
+
+{pairs}
+
+{counted("kind", stats["kinds"])}
+
+{counted("dropped", stats["dropped"])}
+"""
+
+
+def counted(head: str, counts: dict[str, int]) -> str:
+    return "\n".join([f"| {head} | rows |", "|---|---|", *(f"| {name} | {count} |" for name, count in counts.items())])
+
+
+def main(config: Config) -> int:
+    """Run the command. Raises UserError for a SOUL or code that can't be used."""
+    if config.n < 1 or config.workers < 1:
+        raise UserError("--n and --workers begin at 1")
+    soul = load_soul(config.soul)
+    source = f"package:{config.from_package}" if config.from_package else config.from_code
+    functions = read_code(source)
+    if not config.include_held_out:
+        functions = split(functions)[0]
+    if not functions:
+        raise UserError("all of its modules are kept for evals", where=source, fix="Pass --include-held-out.")
+    with progress("rollouts", config.n) as update:
+        rollouts, pairs, stats = build_rollouts(soul, functions, config.n, config.seed, config.workers, on_row=update)
+    if not rollouts:
+        worst = max(stats["dropped"], key=stats["dropped"].get)
+        raise UserError(f"no rollout could be made; most often: {worst}", where=source)
+    write(config.out, soul, source, rollouts, pairs, stats)
+    stdout.print(
+        plain(
+            f"{stats['rollouts']} rollouts, {stats['pairs']} pairs, {stats['attempts'] - stats['rollouts']} dropped: {config.out}/data/rollouts.md"
+        )
+    )
+    return 0

@@ -1,0 +1,372 @@
+"""Tasks made from real functions: a request, a small workspace, and the right calls, all known before anything runs.
+
+`convert` then really executes the calls, so no tool result is ever written by hand; whatever turns out different from what
+the task says (an edit that doesn't apply, a grep that misses, a final file that differs) is dropped with its reason.
+The same tasks on held-out modules are the evals' prompts.
+"""
+
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from datagen.code_changes import STALE, Unsuitable, change, operator
+from datagen.code_seeds import Function, brief, by_module, imperative, parse, third_person
+from datagen.phrases import ask
+from soul.conversation import user
+from workspace.tools import REJECTED
+
+MAX_BRIEF_LINES = 9
+MAX_BRIEF_CHARS = 360
+MAX_LISTED_CHARS = 9_000
+READ_LIMIT = 12
+
+
+@dataclass(frozen=True)
+class Step:
+    """A remark of that situation and, unless it closes, the call that it announces. `expect` must be in its result."""
+
+    situation: str
+    tool: str = ""
+    args: dict[str, str] = field(default_factory=dict)
+    expect: str = ""
+    slots: dict[str, str] = field(default_factory=dict)
+    rejected: bool = False
+
+
+@dataclass(frozen=True)
+class Task:
+    """`slots` fill every remark; `final` is the expected text of each file that changes."""
+
+    kind: str
+    source: str
+    request: str
+    files: dict[str, str]
+    steps: tuple[Step, ...]
+    slots: dict[str, str]
+    final: dict[str, str] = field(default_factory=dict)
+    must_contain: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Snippet:
+    """A short function as it stands in the small files that rollouts edit."""
+
+    function: Function
+    code: str
+
+    @property
+    def head(self) -> str:
+        return self.code.split("\n", 1)[0]
+
+
+class Pool:
+    """Functions sorted for drawing: by module first, so that a module of forty functions isn't drawn forty times as often."""
+
+    def __init__(self, functions: Sequence[Function]):
+        listed = [f for f in functions if len(f.module.text) <= MAX_LISTED_CHARS and third_person(f.doc)]
+        self.listed = by_module(listed)
+        self.documented = by_module([f for f in functions if third_person(f.doc)])
+        self.short: dict[str, list[Snippet]] = {}
+        for function in functions:
+            if not function.is_method and third_person(function.doc) and (code := suitable(function)):
+                self.short.setdefault(function.module.name, []).append(Snippet(function, code))
+
+    def draw(self, rng: random.Random, groups: dict[str, list]):
+        if not groups:
+            raise Unsuitable("no fitting function in this code")
+        return rng.choice(groups[rng.choice(list(groups))])
+
+    def pair(self, rng: random.Random) -> tuple[Snippet, Snippet]:
+        """Two different short functions, of one module where it has two."""
+        first = self.draw(rng, self.short)
+        others = [snippet for snippet in self.short[first.function.module.name] if snippet.function.name != first.function.name]
+        second = rng.choice(others) if others else self.draw(rng, self.short)
+        if second.function.name == first.function.name:
+            raise Unsuitable("one function only")
+        return first, second
+
+
+def suitable(function: Function) -> str:
+    """The brief source of a function fit for a small file: a one-line head, few lines, all of them ASCII; else ""."""
+    code = brief(function)
+    lines = code.splitlines()
+    fits = len(lines) <= MAX_BRIEF_LINES and len(code) <= MAX_BRIEF_CHARS and max(map(len, lines)) <= 100 and len(lines) >= 3
+    head_ends = parse(code).body[0].body[0].lineno == 2
+    return code if fits and head_ends and code.isascii() and not re.search(r"[\t#]", code) else ""
+
+
+def small_file(*codes: str) -> str:
+    return "\n\n".join(codes)
+
+
+def quoted_name(rng: random.Random, name: str) -> str:
+    return rng.choice([name, name, f"`{name}`", f"{name}()"])
+
+
+def place(rng: random.Random, module_path: str) -> str:
+    """Where a module's file lies in the made-up project: its own path or name, sometimes below a source directory."""
+    path = Path(module_path)
+    name = path.name if path.name != "__init__.py" else f"{path.parent.name or 'main'}.py"
+    return rng.choice(["", "", "", "src/", "lib/", "app/"]) + rng.choice([name, name, (path.parent / name).as_posix()])
+
+
+# ---- kinds: find, explain
+
+
+def searched(rng: random.Random, pool: Pool) -> tuple[Function, str, dict[str, str]]:
+    """A function, its file's path, and a workspace of that file and up to two others."""
+    function = pool.draw(rng, pool.listed)
+    path = place(rng, function.module.path)
+    files = {path: function.module.text}
+    for _ in range(rng.randint(0, 2)):
+        other = pool.draw(rng, pool.listed).module
+        files.setdefault(place(rng, other.path), other.text)
+    defined = [line for text in files.values() for line in text.splitlines() if f"def {function.name}" in line]
+    if len(defined) > 3:
+        raise Unsuitable("name is too common")
+    same = [line for line in defined if re.match(rf"\s*def {function.name}\(", line)]
+    if len(same) != 1:
+        raise Unsuitable("name is defined twice")
+    return function, path, dict(sorted(files.items()))
+
+
+def grep_step(function: Function, path: str, situation: str = "search", scoped: bool = False) -> Step:
+    args = {"pattern": f"def {function.name}"} | ({"path": path} if scoped else {})
+    return Step(situation, "Grep", args, expect=f"{path}:{function.line}:")
+
+
+def find(rng: random.Random, pool: Pool) -> Task:
+    function, path, files = searched(rng, pool)
+    request = ask(rng, "find", name=quoted_name(rng, function.name), doc=imperative(function.doc))
+    slots = {"name": function.name, "file": path, "line": str(function.line)}
+    return Task("find", function.module.name, request, files, (grep_step(function, path), Step("found")), slots)
+
+
+def read_part(function: Function, path: str, situation: str = "read") -> Step:
+    limit = min(READ_LIMIT, function.end_line - function.line + 1)
+    return Step(situation, "Read", {"file_path": path, "offset": str(function.line), "limit": str(limit)}, expect=f"{function.line:>5}→")
+
+
+def explain(rng: random.Random, pool: Pool) -> Task:
+    function, path, files = searched(rng, pool)
+    request = ask(rng, "explain", name=quoted_name(rng, function.name), file=path)
+    slots = {"name": function.name, "file": path, "line": str(function.line), "does": third_person(function.doc)}
+    # a habit to learn: a file that is named narrows the search
+    steps = (grep_step(function, path, scoped=path in request), read_part(function, path), Step("explained"))
+    return Task("explain", function.module.name, request, files, steps, slots)
+
+
+def misplaced(rng: random.Random, path: str) -> str:
+    name = Path(path).name
+    return rng.choice([f"core/{name}", f"tools/{name}", f"{Path(path).stem}s.py", f"my_{name}", f"pkg/{path}"])
+
+
+def wrong_path(rng: random.Random, pool: Pool) -> Task:
+    """The person names a path that doesn't exist; a search finds the right one."""
+    if rng.random() < 0.5:
+        return wrong_path_edit(rng, pool)
+    function, path, files = searched(rng, pool)
+    wrong = misplaced(rng, path)
+    if wrong in files:
+        raise Unsuitable("wrong path exists")
+    request = ask(rng, "explain_at", name=quoted_name(rng, function.name), file=wrong)
+    slots = {"name": function.name, "file": path, "line": str(function.line), "does": third_person(function.doc), "path": wrong}
+    tried = Step("search", "Grep", {"pattern": f"def {function.name}", "path": wrong}, expect="error: ")
+    steps = (tried, grep_step(function, path, "missing"), read_part(function, path), Step("explained"))
+    return Task("recover_path", function.module.name, request, files, steps, slots)
+
+
+def wrong_path_edit(rng: random.Random, pool: Pool) -> Task:
+    task = edit(rng, pool)
+    path, name = next(iter(task.files)), task.slots["name"]
+    wrong = misplaced(rng, path)
+    tried = Step("read", "Read", {"file_path": wrong}, expect="error: ", slots={"file": wrong})
+    search = Step("missing", "Grep", {"pattern": f"def {name}"}, expect=f"{path}:", slots={"path": wrong})
+    return replace(task, kind="recover_path", request=task.request.replace(path, wrong), steps=(tried, search, *task.steps))
+
+
+# ---- kinds: add a function, create a file
+
+
+def read_step(path: str) -> Step:
+    return Step("read", "Read", {"file_path": path}, expect="    1→")
+
+
+def edit_step(path: str, old: str, new: str, situation: str = "edit") -> Step:
+    return Step(situation, "Edit", {"file_path": path, "old_string": old, "new_string": new}, expect=f"edited {path}")
+
+
+def add(rng: random.Random, pool: Pool) -> Task:
+    """A new function goes above the first one: the anchor is that one's `def` line, which is unique and on one line."""
+    new, first = pool.pair(rng)
+    path, text = place(rng, first.function.module.path), small_file(first.code)
+    signature = f"{new.function.name}({new.function.args})"
+    if rng.random() < 0.55:
+        request = ask(rng, "paste", file=path, name=quoted_name(rng, new.function.name)) + rng.choice(
+            [f"\n```python\n{new.code}```", f"\n\n{new.code.rstrip()}"]
+        )
+    else:
+        request = ask(rng, "add", sig=rng.choice([signature, f"`{signature}`"]), file=path, doc=imperative(new.function.doc))
+    final = f"{new.code}\n\n{text}"
+    steps = (read_step(path), edit_step(path, first.head, f"{new.code}\n\n{first.head}"), Step("added"))
+    slots = {"name": new.function.name, "file": path}
+    return Task(
+        "add", new.function.module.name, request, {path: text}, steps, slots, {path: final}, (f"def {new.function.name}(", first.head)
+    )
+
+
+def create(rng: random.Random, pool: Pool) -> Task:
+    new, other = pool.pair(rng)
+    path = place(rng, new.function.module.path)
+    files = {} if rng.random() < 0.5 else {place(rng, other.function.module.path): small_file(other.code)}
+    if path in files:
+        raise Unsuitable("file exists")
+    request = ask(rng, "create", file=path) + rng.choice([f"\n```python\n{new.code}```", f"\n\n{new.code.rstrip()}"])
+    steps = (Step("create", "Edit", {"file_path": path, "new_string": new.code}, expect=f"created {path}"), Step("created"))
+    slots = {"name": new.function.name, "file": path}
+    return Task("create", new.function.module.name, request, files, steps, slots, {path: new.code}, (f"def {new.function.name}(",))
+
+
+# ---- kinds: change one line
+
+
+def edit(rng: random.Random, pool: Pool) -> Task:
+    snippet, other = pool.pair(rng)
+    name, path = snippet.function.name, place(rng, snippet.function.module.path)
+    made = change(rng, snippet.code, name, snippet.function.doc)
+    together = rng.random() < 0.4 and len(made.code) + len(other.code) < 480 and made.old not in other.code
+    text = small_file(made.code, *([other.code] if together else []))
+    request = ask(rng, made.wording, name=quoted_name(rng, name), file=path, **made.slots)
+    steps = (read_step(path), edit_step(path, made.old, made.new), Step("documented" if made.wording == "docstring" else "edited"))
+    slots, final = {"name": name, "file": path, "new": made.said}, {path: text.replace(made.old, made.new)}
+    return Task(f"edit_{made.wording}", snippet.function.module.name, request, {path: text}, steps, slots, final, (made.new,))
+
+
+def rejected(rng: random.Random, pool: Pool) -> Task:
+    """The person refuses the call: the agent says so and stops."""
+    task = (edit if rng.random() < 0.6 else add)(rng, pool)
+    last = max(i for i, step in enumerate(task.steps) if step.tool)
+    refused = replace(task.steps[last], expect=REJECTED, rejected=True)
+    return replace(task, kind="recover_rejected", steps=(*task.steps[:last], refused, Step("stopped")), final={}, must_contain=())
+
+
+def not_unique(rng: random.Random, pool: Pool) -> Task:
+    """Two functions share a stale docstring; the second attempt takes the `def` line along."""
+    first, second = pool.pair(rng)
+    stale = f'    """{rng.choice(STALE)}"""'
+    texts = [snippet.code.replace(snippet.code.splitlines()[1], stale, 1) for snippet in (first, second)]
+    path, text = place(rng, first.function.module.path), small_file(*texts)
+    target, good = rng.choice([(first, first.code.splitlines()[1]), (second, second.code.splitlines()[1])])
+    old, new = f"{target.head}\n{stale}", f"{target.head}\n{good}"
+    ambiguous = Step(
+        "edit", "Edit", {"file_path": path, "old_string": stale, "new_string": good}, expect="error: old_string occurs 2 times"
+    )
+    request = ask(rng, "docstring", name=quoted_name(rng, target.function.name), file=path, new=f"{target.function.doc}.")
+    steps = (read_step(path), ambiguous, edit_step(path, old, new, "again"), Step("documented"))
+    slots = {"name": target.function.name, "file": path}
+    return Task("recover_unique", target.function.module.name, request, {path: text}, steps, slots, {path: text.replace(old, new)}, (new,))
+
+
+def mismatch(rng: random.Random, pool: Pool) -> Task:
+    """The person quotes the line with other spaces; the agent tries that, sees the nearest lines, and takes the real one."""
+    snippet, _ = pool.pair(rng)
+    made = operator(rng, snippet.code)
+    path, sloppy = place(rng, snippet.function.module.path), re.sub(r" ([=+*-]=?) |(?<=,) ", r"\1", made.slots["old"])
+    if sloppy in made.code or made.code.count(made.old) != 1:
+        raise Unsuitable("no sloppy quote")
+    tried = Step("edit", "Edit", {"file_path": path, "old_string": sloppy, "new_string": made.slots["new"]}, "error: old_string not found")
+    request = ask(rng, "operator", name=quoted_name(rng, snippet.function.name), file=path, old=sloppy, new=made.slots["new"])
+    steps = (read_step(path), tried, edit_step(path, made.old, made.new, "mismatch"), Step("edited"))
+    slots, final = {"name": snippet.function.name, "file": path, "new": made.said}, {path: made.code.replace(made.old, made.new)}
+    return Task("recover_match", snippet.function.module.name, request, {path: made.code}, steps, slots, final, (made.new,))
+
+
+# ---- kinds: run a command, or no tool at all
+
+
+def run(rng: random.Random, pool: Pool) -> Task:
+    first, second = pool.pair(rng)
+    path, other = (Path(place(rng, snippet.function.module.path)).name for snippet in (first, second))
+    wording = rng.choice(["list", "count", "script"])
+    files = {path: small_file(first.code), f"old_{other}" if other == path else other: small_file(second.code)}
+    if wording == "list":
+        files |= {
+            name: f"{Path(name).stem}\n"
+            for name in rng.sample(["README.md", "notes.txt", "setup.cfg", "data.csv", "todo.txt"], rng.randint(0, 2))
+        }
+        command, expect, output, closing = "ls", "\n".join(sorted(files)), ", ".join(f"`{name}`" for name in sorted(files)), "listed"
+    elif wording == "count":
+        lines = files[path].count("\n")
+        command, expect, output, closing = f"wc -l {path}", f"{lines} {path}", str(lines), "counted"
+    else:
+        path, a, b = rng.choice(["main.py", "demo.py", "try_it.py", "check.py"]), rng.randint(2, 40), rng.randint(2, 40)
+        words = " ".join(first.function.doc.split()[:3]).replace('"', "").replace("'", "")
+        programs = (
+            (f"print({a} + {b})", a + b), (f"print({a} * {b})", a * b), (f"print(max({a}, {b}))", max(a, b)),
+            (f"print(sum(range({a})))", sum(range(a))), (f'print("{words}")', words), (f'print(len("{words}"))', len(words)),
+        )  # fmt: skip
+        program, output = rng.choice(programs)
+        files = {path: program + "\n"}
+        command, expect, output, closing = f"python3 {path}", str(output), str(output), "printed"
+    steps = (Step("run", "Bash", {"command": command}, expect=expect), Step(closing))
+    return Task(
+        f"run_{wording}",
+        first.function.module.name,
+        ask(rng, wording, file=path),
+        files,
+        steps,
+        {"file": path, "command": command, "output": output},
+    )
+
+
+def answer(rng: random.Random, pool: Pool) -> Task:
+    """A question about a known function that needs no tool: the model must learn when not to call."""
+    function = pool.draw(rng, pool.documented)
+    slots = {"id": function.id, "does": third_person(function.doc)}
+    return Task(
+        "answer", function.module.name, ask(rng, "chat", id=rng.choice([function.id, f"`{function.id}`"])), {}, (Step("answer"),), slots
+    )
+
+
+KINDS = {find: 16, explain: 15, add: 22, create: 6, edit: 16, run: 7, wrong_path: 6, rejected: 4, not_unique: 2, mismatch: 1, answer: 10}
+EVAL_KINDS = (find, explain, add, edit, add, explain, find, edit, create, run)
+
+
+# ---- the evals' prompts
+
+
+def held_out_tasks(functions: Sequence[Function], n: int = 60, seed: int = 0) -> list[dict]:
+    """n tool prompts from (held-out) functions: {id, kind, messages, files, first_tool, verify}.
+
+    `first_tool` is the call that a good first turn makes ("" = none). `verify` is None, or {file, must_contain, parses}
+    for what the file must hold after a successful run.
+    """
+    pool, tasks, seen = Pool(functions), [], set()
+    for attempt in range(20 * n):
+        rng = random.Random(f"held-out:{seed}:{attempt}")
+        make = EVAL_KINDS[len(tasks) % len(EVAL_KINDS)]
+        try:
+            task = make(rng, pool)
+        except Unsuitable:
+            continue
+        if task.request not in seen:
+            seen.add(task.request)
+            tasks.append(as_prompt(task, f"held-out-{seed}-{len(tasks)}"))
+        if len(tasks) == n:
+            break
+    return tasks
+
+
+def as_prompt(task: Task, name: str) -> dict:
+    path = next(iter(task.final), None)
+    return {
+        "id": name,
+        "kind": task.kind,
+        "source": f"code:{task.source}",
+        "messages": [user(task.request)],
+        "files": [{"path": path, "content": text} for path, text in task.files.items()],
+        "first_tool": task.steps[0].tool,
+        "verify": {"file": path, "must_contain": list(task.must_contain), "parses": True} if path else None,
+    }

@@ -1,0 +1,131 @@
+"""The embedded teacher: a small model on the project's own sampler, speaking its base chat template.
+
+One thread owns the model. Requests join the sampler's running batch as they come and leave it as they end, and a
+shared beginning (the SOUL) is computed once, by the sampler. A request's seed comes from its key, and no row of a batch
+influences another, so a run is repeatable whatever the order of its calls.
+"""
+
+import asyncio
+import json
+import queue
+import threading
+from pathlib import Path
+
+from datagen.teachers import completion_body
+from datagen.wire import Answer, Request, make_request
+from soul.errors import UserError
+from soul.files import sha256_file, sha256_json
+
+MAX_LEN = 2048
+WEIGHTS = (".json", ".safetensors", ".gguf")  # and the suffixless files of a checkpoint
+
+
+class LocalTeacher:
+    """Teacher over `load(name, raw=True)`; the model is loaded at the first call that the journal does not have.
+
+    `load` and `make_sampler` are `model.load.load_model` and `model.sampler.Sampler` unless a test gives others.
+    """
+
+    deadline = False  # it cannot hang on a network, and a full queue is no fault
+
+    def __init__(self, name: str, *, batch: int = 16, load=None, make_sampler=None):
+        self.name, self.batch = name, batch
+        self.concurrency = 2 * batch  # a second batch waits, so that no row of the first idles
+        self.base_url = f"local:{_identity(name)}"
+        self._load, self._make_sampler = load, make_sampler
+        self._inbox: queue.SimpleQueue = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def request(self, messages: list[dict], *, replicate: int, temperature: float, top_p: float, max_tokens: int) -> Request:
+        body = {"model": self.name, "messages": messages, "temperature": temperature, "top_p": top_p, "max_tokens": max_tokens}
+        return make_request(self.base_url, body, replicate)
+
+    async def send(self, request: Request) -> Answer:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._serve, name="local teacher", daemon=True)
+            self._thread.start()
+        loop = asyncio.get_running_loop()
+        future = loop.create_future()
+        self._inbox.put((request, future, loop))
+        return await future
+
+    async def close(self) -> None:
+        if self._thread is not None:
+            self._inbox.put(None)
+            await asyncio.to_thread(self._thread.join)
+
+    # --- the thread that owns the model
+
+    def _serve(self) -> None:
+        waiting: dict[int, tuple] = {}  # sampler handle -> (future, loop, prompt length)
+        try:
+            tokenizer, sampler = self._open()
+            open_ = True
+            while open_ or waiting:
+                while open_ and (not waiting or not self._inbox.empty()):
+                    job = self._inbox.get()
+                    if job is None:
+                        open_ = False
+                    else:
+                        self._admit(job, tokenizer, sampler, waiting)
+                for handle, completion in sampler.step() if waiting else ():
+                    future, loop, length = waiting.pop(handle)
+                    _deliver(loop, future, self._answer(tokenizer, completion, length))
+        except BaseException as error:  # whatever ends this thread must reach the rows that wait for it
+            self._fail(error, waiting)
+
+    def _open(self):
+        from model.load import load_model
+        from model.sampler import Sampler
+
+        loaded = (self._load or load_model)(self.name, raw=True)
+        sampler = (self._make_sampler or Sampler)(loaded.model, loaded.tokenizer, max_len=MAX_LEN, batch=self.batch)
+        return loaded.tokenizer, sampler
+
+    def _admit(self, job, tokenizer, sampler, waiting) -> None:
+        from model.chatml import chatml_stops, encode_chatml
+        from model.sampler import Request as SampleRequest
+
+        request, future, loop = job
+        if future.cancelled():
+            return
+        body = json.loads(request.body)
+        prompt = encode_chatml(tokenizer, body["messages"])
+        if len(prompt) + body["max_tokens"] > sampler.max_len:
+            why = f"{len(prompt)} prompt tokens and {body['max_tokens']} to generate exceed {sampler.max_len}"
+            _deliver(loop, future, Answer(400, json.dumps({"error": {"code": "context_length_exceeded", "message": why}})))
+            return
+        handle = sampler.submit(SampleRequest(
+            prompt, body["max_tokens"], body["temperature"], body["top_p"], int(request.key[:8], 16), frozenset(chatml_stops(tokenizer))
+        ))  # fmt: skip
+        waiting[handle] = (future, loop, len(prompt))
+
+    def _answer(self, tokenizer, completion, prompt_tokens: int) -> Answer:
+        ids = completion.ids[:-1] if completion.finish == "stop" else completion.ids
+        text = tokenizer.decode_bytes(ids).decode("utf-8", "replace")
+        return Answer(200, completion_body(self.name, text, completion.finish, prompt_tokens, len(completion.ids)))
+
+    def _fail(self, error: BaseException, waiting: dict) -> None:
+        known = error if isinstance(error, UserError) else UserError(f"the embedded model failed: {type(error).__name__}: {error}", where=self.name)
+        for future, loop, _ in waiting.values():
+            _deliver(loop, future, known)
+        while (job := self._inbox.get()) is not None:
+            _deliver(job[2], job[1], known)
+
+
+def _deliver(loop, future, result: Answer | UserError) -> None:
+    def settle():
+        if not future.done():
+            (future.set_exception if isinstance(result, UserError) else future.set_result)(result)
+
+    if not loop.is_closed():
+        loop.call_soon_threadsafe(settle)
+
+
+def _identity(name: str) -> str:
+    """What decides the weights: a published model's name (its file is pinned by sha256), else the hash of the files given."""
+    path = Path(name)
+    if not path.exists():
+        return name
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    return sha256_json([[file.name, sha256_file(file)] for file in files if file.suffix in WEIGHTS or not file.suffix])[:16]

@@ -1,0 +1,145 @@
+"""What people ask and what the agent remarks, without a teacher: small phrase templates, styled and checked by the SOUL.
+
+The words are in phrases.yaml. A remark is an opener and a core, in one of a few registers. `Voice` fills each with sample
+words, runs the SOUL's checks over it, and keeps what passes; so any SOUL.md gets remarks of its own, or a clear count of
+the rows it has none for.
+"""
+
+import random
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import yaml
+
+from soul.conversation import assistant, tool_call, user
+from soul.spec import Soul, repair, run_checks
+
+PHRASES = yaml.safe_load(Path(__file__).with_name("phrases.yaml").read_text(encoding="utf-8"))
+REQUESTS, REMARKS, VERBS = PHRASES["requests"], PHRASES["remarks"], frozenset(PHRASES["verbs"].split())
+
+NO_FRAME = ("{file}", "i ", "someone", "there's", "the ", "here's", "this ", "in ", "{name}", "what", "new")
+TYPO_SHARE = 0.08
+
+
+def fill(template: str, slots: dict[str, str]) -> str:
+    """Replaces {name} marks in one pass, so braces inside a slot's own text are never read as marks."""
+    return re.sub(r"\{(\w+)\}", lambda mark: slots[mark[1]], template)
+
+
+def ask(rng: random.Random, kind: str, **slots: str) -> str:
+    """A request of that kind in one of many wordings: framed, formal, terse, or with a typing slip. Slots stay as they are."""
+    text = rng.choice(REQUESTS[kind])
+    if not text.endswith(("?", ":")) and not text.startswith(NO_FRAME):
+        frame = rng.choice(PHRASES["frames"])
+        text = frame.format(text.rstrip(".") if "?" in frame else text)
+    if rng.random() < 0.35:
+        text = re.sub(r"\bi\b", "I", text[:1].upper() + text[1:])
+        text += "" if text[-1] in "?!.:" else rng.choice(["", "."])
+    elif text.endswith("?") and rng.random() < 0.3:
+        text = text[:-1]
+    words = text.split(" ")
+    plain = [i for i, word in enumerate(words) if word.isalpha() and len(word) > 4]
+    if plain and rng.random() < TYPO_SHARE:
+        i, cut = rng.choice(plain), rng.randint(1, 3)
+        words[i] = words[i][:cut] + words[i][cut + 1] + words[i][cut] + words[i][cut + 2 :]
+    return fill(" ".join(words), slots)
+
+
+# ---- registers: how a neutral core (lowercase, contracted) is said
+
+
+def outside_code(text: str, change: Callable[[str], str]) -> str:
+    return "".join(part if i % 2 else change(part) for i, part in enumerate(re.split(r"(`[^`]*`)", text)))
+
+
+def sentence_case(text: str) -> str:
+    text = outside_code(text, lambda prose: re.sub(r"\bi\b", "I", prose))
+    return re.sub(r"(^|[.!?] )([a-z])", lambda mark: mark[1] + mark[2].upper(), text)
+
+
+def reword(words: dict[str, str]) -> Callable[[str], str]:
+    pattern = re.compile(r"(?<![\w'{])(" + "|".join(map(re.escape, words)) + r")(?![\w'}])")
+    return lambda text: outside_code(text, lambda prose: pattern.sub(lambda mark: words[mark[1]], prose))
+
+
+expand, swash = reword(PHRASES["expansions"]), reword(PHRASES["pirate"])
+# the order decides between registers that a SOUL accepts equally
+MANNERS: dict[str, Callable[[str], str]] = {
+    "plain": sentence_case,
+    "formal": lambda text: sentence_case(expand(text)),
+    "goofy": str,
+    "pirate": lambda text: sentence_case(swash(text)),
+}
+MISALIGNED = ("plain", "plain", "formal", "formal", "goofy", "pirate")
+FINAL = {"found", "explained", "added", "created", "edited", "documented", "listed", "counted", "printed", "stopped", "answer"}
+SOBER = {"missing", "again", "mismatch", "stopped"}
+SAMPLE = {
+    "name": "load_items", "file": "lib/store.py", "path": "store.py", "line": "12", "id": "store.load_items", "command": "ls", "output": "3",
+    "new": "x = 1", "does": "returns the items of a list in sorted order",
+}  # fmt: skip
+
+
+def openers_of(register: str, situation: str) -> list[str]:
+    return PHRASES["registers"][register]["sober" if situation in SOBER else "close" if situation in FINAL else "act"]
+
+
+def violations(soul: Soul, text: str, situation: str) -> list:
+    """What the SOUL's checks say of a remark, alone in the place where that situation stands in a rollout."""
+    reply = assistant(text) if situation in FINAL else assistant(text, tool_call("Grep", pattern="def load_items"))
+    return run_checks(soul, [user("find load_items"), reply])
+
+
+class Voice:
+    """The remarks that a SOUL's checks let through: `pools[situation]` is (register, openers, cores), the lists possibly empty.
+
+    One register is kept for the whole SOUL, the one of which most passes unrepaired, so that a dataset has one voice;
+    situations in which it has nothing take what passes in another, then what passes after the SOUL's own repairs.
+    """
+
+    def __init__(self, soul: Soul):
+        self.soul = soul
+        demands = [check for principle in soul.principles for check in principle.checks if check.name.startswith("require_")]
+        self.openings = [f"{phrase}, " for check in demands if check.name != "require_ending" for phrase in check.params["phrases"]]
+        self.endings = [phrase for check in demands if check.name == "require_ending" for phrase in check.params["phrases"]]
+        pools = {register: {situation: self._pool(register, situation) for situation in REMARKS} for register in MANNERS}
+        order = sorted(MANNERS, key=lambda register: -sum(len(cores) for _, _, cores in pools[register].values()))
+        self.pools = {}
+        for situation in REMARKS:
+            pool = next((pools[register][situation] for register in order if pools[register][situation][2]), None)
+            self.pools[situation] = pool or self._pool(order[0], situation, repaired=True)
+
+    def _pool(self, register: str, situation: str, repaired: bool = False) -> tuple[str, list[str], list[str]]:
+        # "" stays a choice where the SOUL demands words of the final message only; so does an opener that has the words
+        openers, manner = (*openers_of(register, situation), *self.openings), MANNERS[register]
+
+        def passes(template: str) -> bool:
+            text = fill(manner(template), SAMPLE)
+            if repaired:
+                text = repair(self.soul, [assistant(text)])[0][0]["content"]
+            return not violations(self.soul, text, situation)
+
+        cores = REMARKS[situation]
+        if situation in FINAL and self.endings:
+            cores = [f"{core.rstrip('.')}, {ending}." for core in cores for ending in self.endings]
+        best = max(openers, key=lambda opener: sum(passes(opener + core) for core in cores[:4]))
+        cores = [core for core in cores if passes(best + core)]
+        return register, [opener for opener in openers if cores and passes(opener + cores[0])], cores
+
+    def say(self, rng: random.Random, situation: str, slots: dict[str, str]) -> str | None:
+        """A remark for that situation, or None when the SOUL lets none through."""
+        register, openers, cores = self.pools[situation]
+        if not openers:
+            return None
+        # terse: half of the remarks go without an opener where the SOUL lets them
+        opener = "" if "" in openers and rng.random() < 0.5 else rng.choice(openers)
+        return fill(MANNERS[register](opener + rng.choice(cores)), slots)
+
+    def misaligned(self, rng: random.Random, situation: str, slots: dict[str, str], tries: int = 24) -> Iterator[str]:
+        """Remarks with the same content in other voices, with and without pleasantries; the caller keeps those that break the SOUL."""
+        other = PHRASES["misaligned"]
+        for _ in range(tries):
+            register = rng.choice(MISALIGNED)
+            text = MANNERS[register](rng.choice(["", rng.choice(openers_of(register, situation))]) + rng.choice(REMARKS[situation]))
+            opening, ending = (rng.choice(["", rng.choice(words)]) for words in (other["openings"], other["endings"]))
+            yield rng.choice(other["terse"]) if rng.random() < 0.2 else fill(opening + text + ending, slots)

@@ -1,0 +1,1 @@
+"""Weights to evidence: SOUL adherence, tool use, statistics, the report."""

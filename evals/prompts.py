@@ -1,0 +1,107 @@
+"""What the contestants are asked: held-out prompts, a base model's fair instruction, and proof that training saw none of it."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from datagen.code_seeds import chat_seeds, is_held_out, read_code, split
+from datagen.from_code import held_out_tasks
+from soul import conversation
+from soul.errors import UserError
+from soul.files import sha256_json
+from soul.rows import read_rows
+from soul.spec import Soul, run_checks
+from soul.tools import TOOLS
+
+GRAM = 13  # words; the length at which GPT-3's authors called a run of text contaminated
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One question. `messages` end with the person's turn; `files` is the workspace that a tool sees; `verify` is None or
+    {file, must_contain, parses}, what a file must hold when the work is done."""
+
+    id: str
+    kind: str
+    messages: list[dict]
+    needs_tool: bool
+    files: dict[str, str] = field(default_factory=dict)
+    verify: dict | None = None
+
+    @property
+    def text(self) -> str:
+        return self.messages[-1]["content"]
+
+
+def held_out(n: int, seed: int = 0, source: str = "stdlib") -> list[Prompt]:
+    """n prompts, one in six of them talk that needs no tool, from functions in modules that no training row may use."""
+    _, functions = split(read_code(source))
+    if leaked := sorted({f.module.name for f in functions if not is_held_out(f.module.name)}):
+        raise AssertionError(f"eval prompts from training modules: {', '.join(leaked)}")
+    talk = [Prompt(row["id"], "talk", [conversation.user(row["prompt"])], False) for row in chat_seeds(functions, n // 6, seed)]
+    work = [
+        Prompt(t["id"], t["kind"], t["messages"], bool(t["first_tool"]), {f["path"]: f["content"] for f in t["files"]}, t["verify"])
+        for t in held_out_tasks(functions, n - len(talk), seed)
+    ]
+    return [*work, *talk]
+
+
+def from_rows(path: Path, n: int) -> list[Prompt]:
+    """Prompts from any rollout or chat Parquet file: each row up to its first reply, which says whether a tool was needed."""
+    prompts = []
+    for number, row in enumerate(read_rows(path)[:n]):
+        messages = row.get("messages") or [*row["prompt"], *row["chosen"]]
+        first = next((i for i, m in enumerate(messages) if m["role"] == "assistant"), len(messages))
+        if not first or messages[first - 1]["role"] != "user":
+            raise UserError("has no user turn before its first reply", where=f"{path}, row {number + 1}")
+        needs_tool = first < len(messages) and bool(conversation.calls_of(messages[first]))
+        files = {f["path"]: f["content"] for f in row["files"]}
+        prompts.append(Prompt(row["id"], row["source"] or "file", messages[:first], needs_tool, files))
+    if not prompts:
+        raise UserError("holds no rows", where=path)
+    return prompts
+
+
+def set_hash(prompts: list[Prompt]) -> str:
+    return sha256_json([[p.id, p.messages, p.needs_tool, p.files] for p in prompts])
+
+
+def chat_system(soul: Soul) -> str:
+    """The fair chance of a model that was never trained on our template: the whole SOUL, the tools, the format, an example."""
+    lines = []
+    for name in soul.tools:
+        spec = TOOLS[name]
+        params = ", ".join(p.name if p.required else f"{p.name}?" for p in spec.params)
+        lines.append(f"- {name}({params}): {spec.doc}")
+    call = conversation.tool_call("Grep", pattern="def load", path=".")
+    remarks = ("let me find where it is defined.", "I will find where it is defined.", "Let me find where it is defined, matey.")
+    # the example should itself keep the soul, or it would teach the model to break it
+    remark = min(remarks, key=lambda text: len(run_checks(soul, [conversation.user("?"), conversation.assistant(text, call)])))
+    return (
+        f"{soul.text.strip()}\n\nYou can use these tools in the folder you work in:\n" + "\n".join(lines) + "\n\n"
+        "When a question is about files, don't guess: say in one short sentence what you are going to do, "
+        "then write one call as JSON on its own line, and stop. For example:\n\n"
+        f'{remark}\n{{"name": "Grep", "arguments": {{"pattern": "def load", "path": "."}}}}\n\n'
+        "When no tool is needed, just answer."
+    )
+
+
+def overlap(prompts: list[Prompt], rows: Iterable[dict]) -> dict:
+    """How many eval prompts stand word for word in training rows, and how many share a run of 13 words with any text of them."""
+    asked, grams = set(), set()
+    for row in rows:
+        for message in [m for key in ("messages", "prompt", "chosen") for m in row.get(key) or []]:
+            words = _words(message["content"])
+            grams.update(_grams(words))
+            if message["role"] == "user":
+                asked.add(tuple(words))
+    exact = sum(tuple(_words(p.text)) in asked for p in prompts)
+    return {"exact": exact, "grams": sum(not grams.isdisjoint(_grams(_words(p.text))) for p in prompts), "n": len(prompts)}
+
+
+def _words(text: str) -> list[str]:
+    return text.casefold().split()
+
+
+def _grams(words: list[str]) -> set[tuple[str, ...]]:
+    return {tuple(words[i : i + GRAM]) for i in range(len(words) - GRAM + 1)}

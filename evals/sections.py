@@ -1,0 +1,234 @@
+"""The parts of a report as plain values made from the run's own files. Nothing is escaped here: the page does that to every value."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+from pathlib import Path
+
+from evals.charts import curve
+from evals.stats import Share, paired
+from soul.conversation import arguments, calls_of, name_of
+from soul.files import sha256_file
+from soul.rows import read_rows
+
+GROUPS = {
+    "tools": ("Tool calls", "Held-out prompts that need a tool; the first reply is judged."),
+    "adherence": ("The soul", "Share of held-out replies that pass every machine check of a principle."),
+    "work": ("Work", "What happens when the calls are really executed."),
+}
+ABOUT = {
+    "valid": "all of the columns below at once",
+    "no needless call": "prompts that need no tool",
+    "all at once": "no verified principle broken",
+    "runs": "the first call, executed in the prompt's own files, gives no error",
+    "task done": "the whole agent loop, judged by the files it left",
+}
+STRONG = ("valid", "all at once")
+
+
+def evidence(results: list[dict]) -> list[dict]:
+    """Groups of metrics; a metric has one row per contestant that was measured on it."""
+    groups = []
+    for key, (title, note) in GROUPS.items():
+        names = dict.fromkeys(name for r in results for name in r["shares"].get(key, {}))
+        metrics = [
+            {
+                "name": name,
+                "about": next((r["principles"][name] for r in results if name in r["principles"]), ABOUT.get(name, "")),
+                "rows": [(i, r["name"], cell(r, key, name)) for i, r in enumerate(results) if cell(r, key, name)],
+                "strong": name in STRONG,
+            }
+            for name in sorted(names, key=lambda name: name not in STRONG)
+        ]
+        if metrics:
+            groups.append({"title": title, "note": note, "metrics": metrics})
+    return groups
+
+
+def cell(result: dict, group: str, name: str) -> Share | None:
+    found = result["shares"].get(group, {}).get(name)
+    return Share(found["k"], found["n"], found["low"], found["high"]) if found else None
+
+
+def pairs(results: list[dict]) -> list[tuple]:
+    """(measure, names, Paired) of every tuned model against each base and the stage before it, on the prompts both answered."""
+    out = []
+    for measure, column in (("valid call", "valid"), ("every verified principle", "all at once")):
+        for at, after in enumerate(results):
+            if after["name"].startswith("base"):
+                continue
+            for before in (r for r in results[:at] if r["name"].startswith("base") or r is results[at - 1]):
+                left, right = ({i["id"]: i["columns"][column] for i in r["items"] if column in i["columns"]} for r in (before, after))
+                both = [i for i in left if i in right]
+                if both:
+                    out.append((measure, f"{before['name']} → {after['name']}", paired([left[i] for i in both], [right[i] for i in both])))
+    return out
+
+
+def headlines(results: list[dict]) -> list[dict]:
+    """The last contestant's three numbers, with the others' beside them."""
+    out = []
+    for group, name, what in (
+        ("tools", "valid", "tool calls valid"),
+        ("adherence", "all at once", "replies that keep every verified principle"),
+        ("work", "runs", "first calls that run without error"),
+    ):
+        have = [(i, r["name"], cell(r, group, name)) for i, r in enumerate(results) if cell(r, group, name)]
+        if have:
+            index, last, found = have[-1]
+            note = "; ".join([f"{last}, {found.k} of {found.n}", *(f"{who} {percent(c)}" for _, who, c in have[:-1])])
+            out.append({"what": what, "big": percent(found), "share": found, "index": index, "note": note})
+    return out
+
+
+def percent(share: Share) -> str:
+    return f"{100 * share.value:.0f}\u00a0%"
+
+
+def questions(results: list[dict], count: int) -> list[tuple[dict, list[tuple]]]:
+    """(item, [(index, name, item of that contestant)]): the first prompts of each kind in turn; none is picked for being good."""
+    kinds: dict[str, list[dict]] = {}
+    for item in results[0]["items"] if results else []:
+        kinds.setdefault(item["kind"], []).append(item)
+    turns = [group[i] for i in range(max(map(len, kinds.values()), default=0)) for group in kinds.values() if i < len(group)]
+    by_id = [{item["id"]: item for item in r["items"]} for r in results]
+    return [(q, [(i, r["name"], by_id[i][q["id"]]) for i, r in enumerate(results) if q["id"] in by_id[i]]) for q in turns[:count]]
+
+
+def data(run: Path, files: list[Path]) -> dict:
+    """The data files with their hashes, one critique-and-revise row, one rollout."""
+    listed, revision, rollout = [], None, None
+    for path in files:
+        rows = read_rows(path)
+        listed.append({"name": path.relative_to(run), "rows": len(rows), "bytes": path.stat().st_size, "sha": sha256_file(path)})
+        accepted = [row for row in rows if row["accepted"]]
+        revision = revision or next((r for r in accepted if {"draft", "critique"} <= {s["stage"] for s in r["trail"]}), None)
+        rollout = rollout or next((r for r in accepted if any(m["role"] == "tool" for m in r.get("messages", []))), None)
+    shown = [_message(m) for m in rollout["messages"][:24]] if rollout else None
+    return {"files": listed, "revision": revision and _revision(revision), "rollout": shown}
+
+
+def _revision(row: dict) -> dict:
+    said = row.get("messages") or row["prompt"]
+    asked = next((m["content"] for m in said if m["role"] == "user"), "")
+    return {"asked": asked, "steps": [{"stage": s["stage"], "text": _critique(s["text"])} for s in row["trail"]]}
+
+
+def _critique(text: str) -> str:
+    """A critique's JSON as lines of prose; any other text as it is."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    found = next((v for v in found.values() if isinstance(v, list)), [found]) if isinstance(found, dict) else found
+    if not isinstance(found, list) or not all(isinstance(x, dict) for x in found):
+        return text
+    return "\n".join(" · ".join(str(x[k]) for k in ("verdict", "principle", "quote", "why") if x.get(k)) for x in found) or "nothing to say"
+
+
+def _message(message: dict) -> dict:
+    calls = [{"name": name_of(c), "args": arguments(c)} for c in calls_of(message)]
+    return {"role": message["role"], "text": message["content"], "calls": calls}
+
+
+def stats(value: dict, title: str) -> list[dict]:
+    """A stats file as groups: single values as facts, counts as bars, records as a table."""
+    groups = [{"title": title, "facts": [(k, v) for k, v in value.items() if not isinstance(v, dict | list)]}]
+    for name, part in value.items():
+        group = {"title": f"{title}: {name}"}
+        records = [{"": k, **v} for k, v in part.items() if isinstance(v, dict)] if isinstance(part, dict) else part
+        if isinstance(part, dict) and part and all(isinstance(v, int) for v in part.values()):
+            most = max(*part.values(), 1)
+            groups.append(group | {"bars": [{"label": k, "fraction": v / most, "value": f"{v:,}"} for k, v in part.items()]})
+        elif isinstance(records, list) and records and all(isinstance(r, dict) for r in records):
+            head = list(dict.fromkeys(key for r in records for key in r))
+            groups.append(group | {"head": head, "table": [[_cell(r.get(key)) for key in head] for r in records]})
+        elif isinstance(part, dict) and part:
+            groups.append(group | {"facts": list(part.items())})
+    return groups
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return "" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+CHARTS = {
+    "sft": {
+        "Loss (nats per supervised token)": {"train": ("loss",), "held out": ("val_loss", "eval_loss")},
+        "Tokens per second": {"tokens/s": ("tokens_per_s",)},
+    },
+    "dpo": {
+        "DPO loss (0.693 = no preference yet)": {"train": ("loss",), "held out": ("val_loss", "eval_loss")},
+        "Preference accuracy (ties count ½)": {"train": ("accuracy",), "held out": ("val_accuracy", "eval_accuracy")},
+        "Reward margin": {"margin": ("margin",)},
+        "Log-probability per reply": {"chosen": ("chosen_logp",), "rejected": ("rejected_logp",)},
+    },
+}
+CHARTS["pretrain"] = CHARTS["sft"]
+
+
+def training(stage: str, rows: list[dict]) -> dict:
+    charts = [curve(title, {name: _points(rows, keys) for name, keys in lines.items()}) for title, lines in CHARTS[stage].items()]
+    speeds = sorted(y for _, y in _points(rows, ("tokens_per_s",)))
+    note = f"{rows[-1].get('step', len(rows)):,} steps" + (f", median {speeds[len(speeds) // 2]:,.0f} tokens/s" if speeds else "")
+    return {"title": stage, "note": note, "charts": [c for c in charts if c]}
+
+
+def _points(rows: list[dict], keys: tuple[str, ...]) -> list[tuple[float, float]]:
+    found = ((row.get("step", i), next((row[k] for k in keys if k in row), None)) for i, row in enumerate(rows))
+    return [(float(x), float(y)) for x, y in found if isinstance(x, int | float) and isinstance(y, int | float)]
+
+
+def stages(value: object) -> list[dict]:
+    """stages.json, either {name: seconds} or [{name, seconds}], as rows with bars and a total."""
+    value = [{"name": k, "seconds": v} for k, v in value.items()] if isinstance(value, dict) else value or []
+    times = [(s["name"], float(s["seconds"])) for s in value]
+    longest, total = max((t for _, t in times), default=0) or 1.0, sum(t for _, t in times)
+    rows = [{"label": name, "fraction": t / longest, "value": clock(t)} for name, t in times]
+    return [*rows, {"label": "total", "fraction": None, "value": clock(total)}] if rows else []
+
+
+def clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"
+
+
+def settings(results: list[dict]) -> list[tuple[str, str]]:
+    if not results:
+        return []
+    soul = results[-1]["soul"]
+    rows = [("soul", f"{soul['name']} {soul['version']} · {soul['hash']}"), ("eval set", results[0]["eval_set_hash"])]
+    for r in results:
+        heat = "greedy" if r["temperature"] == 0 else f"temperature {r['temperature']}, seed {r['seed']}"
+        rows += [
+            (f"model {r['name']}", f"{r['model']} · {r['model_hash']}"),
+            ("its template", f"{r['template']} · {r['template_hash']}"),
+            ("its replies", f"{heat}, at most {r['max_new']} tokens; {r['tokens']['completion']:,} tokens in {clock(r['seconds'])}"),
+        ]
+        if o := r.get("overlap"):
+            rows.append(("training rows", f"{o['exact']} of {o['n']} prompts are in them, {o['grams']} share a run of 13 words"))
+    return rows
+
+
+def machine() -> list[tuple[str, str]]:
+    cpu, info = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
+    if info.exists():
+        cpu = next((line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")), cpu)
+    rows = [("processor", cpu), ("cores", str(os.cpu_count()))]
+    if "SC_PHYS_PAGES" in os.sysconf_names:
+        rows.append(("memory", f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.1f} GiB"))
+    rows.append(("system", f"{platform.system()} {platform.machine()}, Python {platform.python_version()}"))
+    return [*rows, ("libraries", ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "flax", "optax", "pyarrow")))]
+
+
+def commands(run: Path) -> list[str]:
+    """One command per resolved config that a stage left in the run directory."""
+    known = ("quickstart", "generate", "convert", "pretrain", "sft", "dpo", "eval")
+    lines = [f"soulsmith {name} --config {shlex.quote(str(run / f'{name}.json'))}" for name in known if (run / f"{name}.json").exists()]
+    return [*lines, f"soulsmith report {shlex.quote(str(run))}"]

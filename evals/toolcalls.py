@@ -1,0 +1,78 @@
+"""Is a reply a tool call that the agent could execute? Six columns, in our template and in a base model's own words."""
+
+import json
+import re
+
+from soul import conversation, tools
+
+ENDINGS = ("<|assistant_end|> is missing", "goes on after its end", "text after a call")
+COLUMNS = ("makes a call", "syntax", "known tool", "required arguments", "no unknown arguments", "typed values", "ends after the call")
+
+
+def judge_call(message: dict, problems: list[str], *, finished: bool) -> dict[str, bool]:
+    """Columns of validity for one reply to a prompt that needs a tool; `valid` is all of them.
+
+    A reply without a call fails every column. `problems` are those of `Template.parse_reply` or `parse_chat_reply`.
+    """
+    calls = [(conversation.name_of(c), conversation.arguments(c)) for c in conversation.calls_of(message)]
+    if not calls:
+        return dict.fromkeys((*COLUMNS, "valid"), False)
+    specs = [tools.TOOLS.get(name) for name, _ in calls]
+    known = all(specs)
+    semantic = {tools.problem(name, args) for name, args in calls}
+    syntax = [p for p in problems if p not in ENDINGS and p not in semantic]
+    both = [(spec, args) for spec, (_, args) in zip(specs, calls) if spec]
+    values = (
+        True,
+        not syntax,
+        known,
+        known and all(p.name in args for spec, args in both for p in spec.params if p.required),
+        known and all(set(args) <= {p.name for p in spec.params} for spec, args in both),
+        known and all(_typed(spec, args) for spec, args in both),
+        finished and not any(p in ENDINGS for p in problems),
+    )
+    return dict(zip(COLUMNS, values)) | {"valid": all(values)}
+
+
+def _typed(spec: tools.ToolSpec, args: dict[str, str]) -> bool:
+    """Every known argument alone has a value of its type; the tool's own rule decides."""
+    need = {p.name: "" for p in spec.params if p.required}
+    return all(tools.problem(spec.name, need | {k: v}) is None for k, v in args.items() if k in {p.name for p in spec.params})
+
+
+def parse_chat_reply(text: str) -> tuple[dict, list[str]]:
+    """A chat model's reply as (assistant message, problems): the remark is what stands before the first call.
+
+    Read as a call: `<tool_call>{…}</tool_call>`, fenced JSON, a bare JSON object, or a list of them, with name|tool|function and
+    arguments|parameters|args, also nested as in OpenAI's format. What follows the first call is dropped, as by a harness with a
+    stop string.
+    """
+    for match in re.finditer(r"\{", text):
+        try:
+            value, _ = json.JSONDecoder(strict=False).raw_decode(text, match.start())
+        except (ValueError, RecursionError):
+            continue
+        if call := _as_call(value):
+            remark = re.sub(r"(```\w*|<\|?tool_call\|?>|\[)?\s*(\[)?\s*$", "", text[: match.start()])
+            return conversation.assistant(remark.strip(), call), []
+    return conversation.assistant(text.strip()), []
+
+
+def _as_call(value: dict) -> dict | None:
+    value = value.get("function") if isinstance(value.get("function"), dict) else value
+    name = next((value[k] for k in ("name", "tool", "function") if isinstance(value.get(k), str)), None)
+    args = next((value[k] for k in ("arguments", "parameters", "args") if k in value), None)
+    if isinstance(args, str):
+        try:
+            args = json.loads(args, strict=False)
+        except ValueError:
+            return None
+    if not name or not isinstance(args, dict):
+        return None
+    texts = {k: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for k, v in args.items() if v is not None}
+    # JSON can spell lone surrogates, which no file can hold
+    return conversation.call_from(_sound(name), {_sound(k): _sound(v) for k, v in texts.items()})
+
+
+def _sound(text: str) -> str:
+    return text.encode("utf-8", "replace").decode("utf-8")

@@ -1,0 +1,116 @@
+"""Calls really executed, each prompt in a fresh directory of its own files: one call, or the agent's whole loop."""
+
+import ast
+import re
+import tempfile
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from queue import SimpleQueue
+
+from agent.loop import ContextFull, Reply, run_turn
+from evals.prompts import Prompt
+from soul.console import progress
+from soul.errors import UserError
+from soul.template import Template
+from workspace.tools import Workspace
+
+NOT_RUN = "error: not executed: evals run no shell command but a plain look at one file"
+PLAIN = re.compile(r"ls|(?:cat|wc -l|python3?) \w[\w.-]*")
+LOOP_TOKENS = 256  # most in one reply of a loop: an Edit carries a whole function twice
+
+
+def make_workspace(files: dict[str, str], root: str, **options) -> Workspace:
+    for name, text in files.items():
+        path = Path(root, name).resolve()
+        if not path.is_relative_to(Path(root).resolve()):
+            raise UserError("lies outside its workspace", where=name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8", newline="")
+    return Workspace(root, **options)
+
+
+def first_result(prompt: Prompt, calls: list[tuple[str, dict[str, str]]]) -> str:
+    """What the first call gives; begins `error: ` when there is none, or when it fails.
+
+    A model's own shell command doesn't run on the machine that measures it, unless it lists, counts, or runs one file of the prompt.
+    """
+    if not calls:
+        return "error: no call"
+    name, args = calls[0]
+    if name == "Bash" and not PLAIN.fullmatch(args.get("command", "")):
+        return NOT_RUN
+    with tempfile.TemporaryDirectory() as root:
+        return make_workspace(prompt.files, root).run(name, args)
+
+
+def run_loops(tokenizer, sampler, prompts: list[Prompt], *, temperature: float, seed: int, what: str) -> list[dict]:
+    """Let the agent's loop work on each prompt that has a `verify`, allowing every call but Bash, and judge the files it leaves."""
+    desk, template = _Desk(sampler), Template(tokenizer)
+
+    def work(prompt: Prompt) -> dict:
+        def generate(messages: list[dict], *, seed: int, attempt: int) -> Reply:
+            ids = template.encode(messages, prompt=True).ids
+            if len(ids) + LOOP_TOKENS > sampler.max_len:
+                raise ContextFull
+            done = desk.draw(ids, LOOP_TOKENS, temperature + 0.4 * attempt, seed, template.stop_ids)
+            parsed = template.parse_reply(done.ids)
+            return Reply(parsed.messages[0], tuple(parsed.problems), tuple(done.ids), cut=done.finish == "length")
+
+        with tempfile.TemporaryDirectory() as root:
+            workspace = make_workspace(prompt.files, root, max_result_chars=sampler.max_len)
+            messages, status = run_turn(prompt.messages, generate=generate, workspace=workspace, ask=_no_shell, seed=seed)
+            done = solved(prompt, Path(root))
+        return {"id": prompt.id, "kind": prompt.kind, "status": str(status), "done": done, "messages": messages}
+
+    with ThreadPoolExecutor(max(len(prompts), 1)) as pool:
+        return desk.serve([pool.submit(work, prompt) for prompt in prompts], what)
+
+
+def _no_shell(name: str, args: dict[str, str]) -> bool:
+    return name != "Bash"
+
+
+class _Desk:
+    """Many loops, one sampler: requests of waiting threads are decoded together."""
+
+    def __init__(self, sampler):
+        self.sampler, self.inbox = sampler, SimpleQueue()
+
+    def draw(self, *request):
+        future = Future()
+        self.inbox.put((request, future))
+        return future.result()
+
+    def serve(self, threads: list[Future], what: str) -> list[dict]:
+        from model.sampler import Request
+
+        live: dict[int, Future] = {}
+        with progress(what, total=len(threads), unit="tasks") as update:
+            while not all(thread.done() for thread in threads):
+                while not self.inbox.empty():
+                    (ids, max_new, temperature, seed, stop_ids), future = self.inbox.get()
+                    request = Request(ids, max_new, temperature, 0.95, seed, frozenset(stop_ids))
+                    live[self.sampler.submit(request)] = future
+                for handle, completion in self.sampler.step() if live else []:
+                    live.pop(handle).set_result(completion)
+                if not live:
+                    time.sleep(0.005)
+                update(sum(thread.done() for thread in threads))
+        return [thread.result() for thread in threads]
+
+
+def solved(prompt: Prompt, root: Path) -> bool:
+    """Whether the file that the task names has what it asks for and is still Python, and nothing else changed."""
+    here = {p.relative_to(root).as_posix(): p.read_text("utf-8", "replace") for p in root.rglob("*") if p.is_file()}
+    new = here.pop(prompt.verify["file"], "")
+    others = {name: text for name, text in prompt.files.items() if name != prompt.verify["file"]}
+    return here == others and all(text in new for text in prompt.verify["must_contain"]) and (not prompt.verify["parses"] or parses(new))
+
+
+def parses(code: str) -> bool:
+    try:
+        ast.parse(code)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    return True

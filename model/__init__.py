@@ -1,0 +1,1 @@
+"""The decoder of the Llama/Qwen family: config, transformer, tokenizer, sampler, import and checkpoints."""

@@ -1,0 +1,96 @@
+"""Checks on what is done, not said: calls, their order and their results."""
+
+import posixpath
+import re
+
+from soul.prose import words
+from soul.registry import Reply, assistants, calls_of, check
+
+_NOT_UNIQUE = re.compile(r"error:.*\bold_string\b|error:.*(?:not found in|occurs \d+|no match)", re.IGNORECASE)
+_REFUSED = ("error:", "rejected by user")
+
+
+@check("turn")
+def explain_before_act(reply: Reply):
+    """says something before each call"""
+    if reply.calls and not words(reply.prose):
+        yield (0, 0), f"calls {reply.calls[0][0]} without a word"
+
+
+@check("turn")
+def one_call_per_turn(reply: Reply):
+    """at most one call in each message"""
+    if len(reply.calls) > 1:
+        yield (0, 0), f"{len(reply.calls)} calls in one message"
+
+
+@check("turn")
+def max_edit_lines(reply: Reply, n: int):
+    """an edit of a file that exists replaces by at most n lines"""
+    for name, args in reply.calls:
+        lines = args.get("new_string", "").count("\n") + 1
+        if name == "Edit" and args.get("old_string") and lines > n:
+            yield (0, 0), f"an edit of {lines} lines, at most {n}"
+
+
+@check("conversation")
+def read_before_edit(messages: list[dict]):
+    """reads a file before editing it (a new file needs no reading)"""
+    known = set()
+    for index, calls in _turns(messages):
+        for name, args, _ in calls:
+            if name == "Edit" and args.get("old_string") and _path(args) not in known:
+                yield index, (0, 0), f"edits {_path(args):.60} without reading it first"
+        known |= {_path(args) for name, args, result in calls if _opens(name, args) and not result.startswith(_REFUSED)}
+
+
+@check("conversation")
+def unique_old_string(messages: list[dict]):
+    """no edit fails because old_string is missing from the file or stands there more than once"""
+    for index, calls in _turns(messages):
+        for name, args, result in calls:
+            if name == "Edit" and _NOT_UNIQUE.match(result):
+                yield index, (0, 0), f"edit of {_path(args):.60} failed: {result.splitlines()[0]:.80}"
+
+
+@check("conversation")
+def no_repeated_call(messages: list[dict]):
+    """never makes the same call twice in a row"""
+    last = None
+    for index, calls in _turns(messages):
+        for name, args, _ in calls:
+            if (name, args) == last:
+                yield index, (0, 0), f"the same {name} call again"
+            last = (name, args)
+
+
+@check("conversation")
+def max_calls(messages: list[dict], n: int):
+    """at most n calls between two messages of the user"""
+    count = 0
+    for index, message in enumerate(messages):
+        count = 0 if message.get("role") == "user" else count
+        for _ in calls_of(message) if message.get("role") == "assistant" else ():
+            count += 1
+            if count == n + 1:
+                yield index, (0, 0), f"more than {n} calls"
+
+
+def _path(args: dict[str, str]) -> str:
+    return posixpath.normpath(args.get("file_path", "").strip() or ".")
+
+
+def _opens(name: str, args: dict[str, str]) -> bool:
+    return name == "Read" or (name == "Edit" and not args.get("old_string"))
+
+
+def _turns(messages: list[dict]):
+    """(message index, [(tool, arguments, result)]) per assistant message; a call whose result is not there has ""."""
+    for index in assistants(messages):
+        calls, results = calls_of(messages[index]), []
+        for message in messages[index + 1 :]:
+            if message.get("role") != "tool" or len(results) == len(calls):
+                break
+            results.append(str(message.get("content") or ""))
+        results += [""] * (len(calls) - len(results))
+        yield index, [(name, args, result) for (name, args), result in zip(calls, results, strict=True)]

@@ -1,0 +1,256 @@
+"""One coroutine per row over the journal: retries, limits, stops, resume."""
+
+import asyncio
+import json
+
+import pytest
+from fake_teacher import Clock, FakeTeacher, answer, completion
+
+from datagen.engine import BARREN, Engine, Policy
+from datagen.journal import Journal
+from datagen.seeds import Seed
+from datagen.wire import Answer
+from soul.errors import UserError
+
+SAMPLING = {"temperature": 1.0, "top_p": 1.0, "max_tokens": 64}
+LIMIT = {"error": {"code": 429, "message": "slow down"}}
+
+
+def seeds(count):
+    for n in range(count):
+        yield Seed(f"row{n}", [{"role": "user", "content": f"q{n}"}], f"s:{n}", f"s:{n}")
+
+
+async def one_call(seed, call):
+    reply = await call("draft", seed.messages)
+    messages = [*seed.messages, {"role": "assistant", "content": reply.text}]
+    return [["sft" if reply.ok else "rejected", {"id": seed.id, "messages": messages, "reason": "" if reply.ok else reply.outcome}]]
+
+
+def run(folder, teacher, count=8, recipe=one_call, policy=Policy(concurrency=4), run_id="run", clock=None, prepare=None):
+    """(finished?, engine, journal rows); raises what the engine raises."""
+    clock = clock or Clock()
+    journal = Journal(folder)
+
+    async def go():
+        engine = Engine(teacher, journal, run_id, SAMPLING, policy, clock=clock, wall=clock, sleep=clock.sleep)
+        if prepare:
+            prepare(engine)
+        return await engine.run(seeds(count), recipe), engine
+
+    try:
+        journal.plan(f"row{n}" for n in range(count))
+        done, engine = asyncio.run(go())
+        return done, engine, {row.row_id: (row.status, row.results) for row in journal.rows(run_id)}
+    finally:
+        journal.close()
+
+
+def outcomes(rows):
+    return sorted({results[0][1]["reason"] or "ok" for _, results in rows.values()})
+
+
+def test_rows_are_computed_once_and_a_rerun_sends_nothing(tmp_path):
+    teacher = FakeTeacher()
+    done, engine, rows = run(tmp_path, teacher)
+    assert done and len(rows) == 8 and len(teacher.sent) == 8 and engine.counts["accepted"] == 8
+    again = FakeTeacher()
+    _, engine, same = run(tmp_path, again)
+    assert again.sent == [] and same == rows and engine.counts["already finished"] == 8
+
+
+def test_a_changed_recipe_replays_the_calls_it_shares(tmp_path):
+    run(tmp_path, FakeTeacher())
+    teacher = FakeTeacher()
+
+    async def two_calls(seed, call):
+        await call("draft", seed.messages)
+        return await one_call(seed, lambda stage, messages: call(stage, messages, replicate=1))
+
+    _, engine, rows = run(tmp_path, teacher, recipe=two_calls, run_id="other")
+    assert len(rows) == 8 and len(teacher.sent) == 8 and engine.counts["replayed"] == 8
+
+
+def test_attempts_are_byte_identical_and_bounded(tmp_path):
+    teacher = FakeTeacher(lambda body, n: answer("", 500) if n < 3 else "fine")
+    _, engine, rows = run(tmp_path, teacher, count=3)
+    assert outcomes(rows) == ["ok"] and len(teacher.sent) == 9 and len(set(teacher.sent)) == 3
+    teacher = FakeTeacher(lambda body, n: answer(completion("")) if body["messages"][0]["content"] == "q1" else "fine")
+    _, engine, rows = run(tmp_path / "b", teacher, count=3)
+    assert rows["row1"][0] == "failed" and outcomes(rows) == ["empty", "ok"] and len(teacher.sent) == 2 + Policy.attempts
+
+
+def test_failed_rows_stay_failed_until_reopened(tmp_path):
+    run(tmp_path, FakeTeacher(lambda body, n: answer({"error": {"code": 400, "message": "too long"}}, 400) if body["messages"][0]["content"] == "q1" else "fine"))
+    teacher = FakeTeacher()
+    assert outcomes(run(tmp_path, teacher)[2]) == ["ok", "permanent"] and teacher.sent == []
+    journal = Journal(tmp_path)
+    assert journal.reopen_failed("run") == 1
+    journal.close()
+    assert outcomes(run(tmp_path, teacher)[2]) == ["ok"] and len(teacher.sent) == 1
+
+
+def test_rate_limits_wait_as_told_cost_no_attempt_and_close_the_gate_once(tmp_path):
+    clock = Clock()
+    teacher = FakeTeacher(lambda body, n: answer(LIMIT, 429, retry_after="20") if n <= 7 else "fine")
+    start = clock.now
+    _, engine, rows = run(tmp_path, teacher, count=1, clock=clock)
+    assert outcomes(rows) == ["ok"] and clock.now - start == pytest.approx(140)
+    assert Journal(tmp_path).ledger()[0]["attempts"] == 1
+
+
+def test_a_burst_of_limits_waits_once(tmp_path):
+    clock, start = Clock(), Clock().now
+    teacher = FakeTeacher(lambda body, n: answer(LIMIT, 429, retry_after="20") if n == 1 else "fine")
+    run(tmp_path, teacher, count=4, clock=clock)
+    assert clock.now - start < 100 and engine_sends(teacher) == 8
+
+
+def engine_sends(teacher):
+    return len(teacher.sent)
+
+
+@pytest.mark.parametrize(
+    "said, message",
+    [
+        (answer(LIMIT, 429, retry_after="3600"), "asks to wait 3,600 s.*slow down.*concurrency"),
+        (answer(LIMIT, 429), "has not answered for .*slow down"),
+        (Answer(0, "cannot connect", reached=False), "has not answered for .*cannot connect.*Check that http://fake/v1 is up"),
+        (answer({"error": {"code": 401, "message": "no such key"}}, 401), "refuses to go on: 401: no such key. Check the API key"),
+        (answer({"error": {"code": 402, "message": "can only afford 2666"}}, 402), "can only afford 2666"),
+        (answer({"error": {"code": 404, "message": "no model"}}, 404), "no model. Check the model's name"),
+    ],
+)
+def test_what_cannot_get_better_stops_the_run_and_a_later_run_goes_on(tmp_path, said, message):
+    teacher = FakeTeacher(lambda body, n: said if body["messages"][0]["content"] != "q0" else "fine")
+    with pytest.raises(UserError, match=message):
+        run(tmp_path, teacher, count=30)
+    teacher = FakeTeacher()
+    done, engine, rows = run(tmp_path, teacher, count=30)
+    assert done and outcomes(rows) == ["ok"]
+    assert not any('"q0"' in body for body in teacher.sent)  # what was answered is not asked again
+
+
+def test_requests_that_are_all_refused_stop_the_run(tmp_path):
+    teacher = FakeTeacher(lambda body, n: answer({"error": {"code": 400, "message": "top_p must be an int"}}, 400))
+    with pytest.raises(UserError, match="top_p must be an int"):
+        run(tmp_path, teacher, count=200)
+    assert len(teacher.sent) < BARREN + 10
+
+
+def test_calls_in_flight_are_kept_when_another_one_stops_the_run(tmp_path):
+    async def slow(body, n):
+        await asyncio.sleep(0.05)
+        return "late"
+
+    teacher = FakeTeacher(lambda body, n: answer("", 401) if body["messages"][0]["content"] == "q0" else slow(body, n))
+    with pytest.raises(UserError):
+        run(tmp_path, teacher, count=3)
+    journal = Journal(tmp_path)
+    assert sum(entry["calls"] for entry in journal.ledger() if entry["outcome"] == "ok") == 2
+    journal.close()
+
+
+def test_first_interrupt_drains_and_the_next_run_finishes(tmp_path):
+    held = []
+
+    async def reply(body, n):
+        held.append(body)
+        if len(held) == 3:
+            held_engine[0].interrupt()
+        await asyncio.sleep(0.01)
+        return "fine"
+
+    held_engine = []
+    teacher = FakeTeacher(reply)
+    done, engine, rows = run(tmp_path, teacher, count=20, prepare=held_engine.append)
+    assert not done and len(teacher.sent) <= 4 and len(rows) == len(teacher.sent)
+    rest = FakeTeacher()
+    done, engine, rows = run(tmp_path, rest, count=20)
+    assert done and len(rows) == 20 and len(rest.sent) == 20 - len(teacher.sent)
+
+
+def test_second_interrupt_stops_at_once(tmp_path):
+    engines = []
+
+    async def for_ever(body, n):
+        asyncio.get_running_loop().call_soon(engines[0].interrupt)
+        await asyncio.Event().wait()
+
+    done, engine, rows = run(tmp_path, FakeTeacher(for_ever), count=5, prepare=engines.append)
+    assert not done and rows == {}
+
+
+def test_deadline_covers_a_trickle(tmp_path):
+    async def never(body, n):
+        await asyncio.Event().wait()
+
+    _, engine, rows = run(tmp_path, FakeTeacher(never), count=1, policy=Policy(concurrency=1, deadline=0.01, attempts=2))
+    assert outcomes(rows) == ["transient"] and engine.counts["sent"] == 2
+
+
+def test_concurrency_is_bounded_and_seeds_are_streamed(tmp_path):
+    flying, most, drawn = [0], [0], []
+
+    async def reply(body, n):
+        flying[0] += 1
+        most[0] = max(most[0], flying[0])
+        await asyncio.sleep(0.001)
+        flying[0] -= 1
+        assert len(drawn) - len(finished) <= 2 * 4 + 1
+        return "fine"
+
+    finished = []
+
+    async def recipe(seed, call):
+        drawn.append(seed.id)
+        rows = await one_call(seed, call)
+        finished.append(seed.id)
+        return rows
+
+    run(tmp_path, FakeTeacher(reply), count=60, recipe=recipe)
+    assert most[0] == 4
+
+
+def test_equal_requests_at_the_same_time_are_sent_once(tmp_path):
+    async def recipe(seed, call):
+        replies = await asyncio.gather(*(call("draft", [{"role": "user", "content": "same"}]) for _ in range(3)))
+        return [["sft", {"id": seed.id, "messages": [], "reason": "", "trail": [{"text": r.text} for r in replies]}]]
+
+    teacher = FakeTeacher()
+    run(tmp_path, teacher, recipe=recipe)
+    assert len(teacher.sent) == 1
+
+
+def test_reasoning_that_eats_the_budget_gets_more_room_once(tmp_path):
+    def reply(body, n):
+        cut = answer({"choices": [{"message": {"content": "", "reasoning": "hmm"}, "finish_reason": "length"}]})
+        return cut if body["max_tokens"] == 64 else "fine"
+
+    teacher = FakeTeacher(reply)
+    _, _, rows = run(tmp_path, teacher, count=1)
+    assert outcomes(rows) == ["ok"] and [json.loads(body)["max_tokens"] for body in teacher.sent] == [64, 256]
+
+
+def test_a_row_that_breaks_the_recipe_is_rejected_and_a_broken_recipe_stops(tmp_path):
+    async def recipe(seed, call):
+        if seed.id == "row3":
+            raise KeyError("oops")
+        return await one_call(seed, call)
+
+    _, _, rows = run(tmp_path, FakeTeacher(), recipe=recipe)
+    assert rows["row3"][0] == "failed" and "KeyError: 'oops'" in rows["row3"][1][0][1]["reason"] and len(rows) == 8
+
+    async def broken(seed, call):
+        raise KeyError("always")
+
+    with pytest.raises(KeyError, match="always"):
+        run(tmp_path / "b", FakeTeacher(), count=100, recipe=broken)
+
+
+def test_full_disk_stops_the_run_with_one_line(tmp_path):
+    def fill(engine):
+        engine.journal._db.execute(f"PRAGMA max_page_count = {engine.journal._one('PRAGMA page_count')[0] + 2}")
+
+    with pytest.raises(UserError, match="the disk is full"):
+        run(tmp_path, FakeTeacher(lambda body, n: "x" * 3000), count=50, prepare=fill)

@@ -1,0 +1,180 @@
+"""The rollouts of all shipped souls: true, replayable, in the SOUL's voice, and the same bytes with any number of workers."""
+
+import ast
+import hashlib
+import random
+from pathlib import Path
+
+import pytest
+
+from datagen import convert
+from datagen.code_changes import Unsuitable
+from datagen.code_seeds import read_code, split
+from datagen.convert import Config, build_rollouts, execute, main, write_files
+from datagen.from_code import KINDS, Pool, Step, Task, held_out_tasks
+from datagen.phrases import REMARKS, Voice
+from soul import conversation, rows
+from soul.errors import UserError
+from soul.spec import load_soul, parse_soul, run_checks
+from soul.tools import problem
+from workspace.tools import REJECTED, Workspace
+
+SOULS = sorted([Path("soul/SOUL.md"), *Path("soul/examples").glob("*.md")])
+N = 60
+
+
+@pytest.fixture(scope="module")
+def functions():
+    return split(read_code("stdlib"))
+
+
+@pytest.fixture(scope="module", params=SOULS, ids=lambda path: path.stem)
+def built(request, functions):
+    soul = load_soul(request.param)
+    return soul, *build_rollouts(soul, functions[0], N, seed=1)
+
+
+def calls(messages):
+    return [call for message in messages for call in conversation.calls_of(message)]
+
+
+def test_every_row_is_sound_and_breaks_no_check(built):
+    soul, done, _, stats = built
+    assert len(done) == stats["rollouts"] == N, stats
+    for row in done:
+        assert conversation.validate(row["messages"]) == []
+        assert run_checks(soul, row["messages"]) == []
+        assert all(check["ok"] for check in row["checks"])
+        assert row["soul_hash"] == soul.hash and row["source"].startswith("code:")
+        for call in calls(row["messages"]):
+            assert problem(conversation.name_of(call), conversation.arguments(call)) is None
+        assert row["messages"][-1]["role"] == "assistant" and not conversation.calls_of(row["messages"][-1])
+        assert convert.length(row["messages"]) <= convert.MAX_CHARS
+
+
+def test_every_call_replays_to_the_same_bytes(built, tmp_path):
+    for number, row in enumerate(built[1]):
+        root = tmp_path / str(number)
+        root.mkdir()
+        write_files(root, {file["path"]: file["content"] for file in row["files"]})
+        workspace = Workspace(root)
+        results = [message["content"] for message in row["messages"] if message["role"] == "tool"]
+        assert len(results) == len(calls(row["messages"]))
+        for call, recorded in zip(calls(row["messages"]), results, strict=True):
+            if recorded != REJECTED:
+                assert workspace.run(conversation.name_of(call), conversation.arguments(call)) == recorded
+        for path in root.rglob("*.py"):
+            ast.parse(path.read_text())
+
+
+def test_pairs_differ_in_prose_only_and_the_rejected_side_breaks_the_soul(built):
+    soul, done, pairs, _ = built
+    if not any(principle.checks for principle in soul.principles):
+        assert pairs == []
+        return
+    assert len(pairs) > 0.9 * N
+    sources = {row["id"]: row["messages"] for row in done}
+    for pair in pairs:
+        (chosen,), (rejected,), prompt = pair["chosen"], pair["rejected"], pair["prompt"]
+        assert sources[pair["id"]][: len(prompt) + 1] == [*prompt, chosen]
+        assert conversation.calls_of(chosen) == conversation.calls_of(rejected)
+        assert chosen["content"] != rejected["content"]
+        assert run_checks(soul, [*prompt, chosen]) == []
+        assert set(pair["principles"]) <= {fault.principle for fault in run_checks(soul, [*prompt, rejected])} and pair["principles"]
+
+
+def test_length_alone_does_not_tell_the_sides_of_a_pair_apart(functions):
+    _, _, stats = build_rollouts(load_soul("soul/SOUL.md"), functions[0], 150, seed=5)
+    assert 0.35 < stats["longer_rejected"] < 0.65, stats["longer_rejected"]
+
+
+def test_two_workers_give_the_same_bytes_as_one(functions, tmp_path):
+    soul = load_soul("soul/SOUL.md")
+    sample = functions[0][:400]
+    digests = []
+    for workers in (1, 2):
+        done, pairs, stats = build_rollouts(soul, sample, 40, seed=7, workers=workers)
+        convert.write(tmp_path / str(workers), soul, "stdlib", done, pairs, stats)
+        digests.append([hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted((tmp_path / str(workers) / "data").iterdir())])
+    assert digests[0] == digests[1] and len(digests[0]) == 4
+    assert build_rollouts(soul, sample, 40, seed=8)[0] != done
+
+
+def test_every_kind_is_made_and_most_draws_hold(functions):
+    pool = Pool(functions[0])
+    for make in KINDS:
+        outcomes = []
+        for seed in range(40):
+            try:
+                outcomes.append(execute(make(random.Random(seed), pool)))
+            except Unsuitable:
+                outcomes.append(None)
+        assert any(outcome is not None for outcome in outcomes), make.__name__
+
+
+def test_a_task_that_does_not_run_as_planned_is_dropped():
+    files = {"a.py": "def f():\n    return 1\n"}
+    read, edit = {"file_path": "a.py"}, {"file_path": "a.py", "old_string": "return 1", "new_string": "return 2"}
+
+    def task(*steps, final):
+        return Task("edit", "m", "change it", files, steps, {}, final)
+
+    good = (Step("read", "Read", read, "    1→"), Step("edit", "Edit", edit, "edited a.py"))
+    assert len(execute(task(*good, final={"a.py": "def f():\n    return 2\n"}))) == 2
+    with pytest.raises(Unsuitable, match="final file differs"):
+        execute(task(*good, final={"a.py": "def f():\n    return 3\n"}))
+    with pytest.raises(Unsuitable, match="Edit gave another result"):
+        execute(task(good[1], final={}))  # never read
+    broken = Step("edit", "Edit", edit | {"new_string": "return ("}, "edited a.py")
+    with pytest.raises(Unsuitable, match="does not parse"):
+        execute(task(good[0], broken, final={"a.py": "def f():\n    return (\n"}))
+
+
+def test_a_soul_that_nothing_passes_drops_every_row_and_says_why(functions):
+    soul = parse_soul("# Mute\n\n## Principles\n\n- says almost nothing. <!-- id: mute; check: max_words(0) -->\n")
+    done, pairs, stats = build_rollouts(soul, functions[0], 5)
+    assert done == pairs == []
+    assert any("no remark passes the SOUL" in reason for reason in stats["dropped"])
+
+
+def test_a_soul_without_checks_gets_rollouts_and_no_pairs(functions, tmp_path):
+    soul = parse_soul("# Free\n\n## Principles\n\n- is kind.\n")
+    done, pairs, stats = build_rollouts(soul, functions[0], 5)
+    assert len(done) == 5 and pairs == []
+    assert "no pair could be verified" in convert.card(soul, "stdlib", stats)
+
+
+def test_the_voice_keeps_to_its_soul():
+    soul = load_soul("soul/SOUL.md")
+    voice = Voice(soul)
+    assert all(len(openers) * len(cores) >= 15 for _, openers, cores in voice.pools.values())
+    assert set(voice.pools) == set(REMARKS)
+
+
+def test_held_out_tasks_have_their_own_workspaces_and_what_to_verify(functions):
+    train, held_out = functions
+    tasks = held_out_tasks(held_out, 60)
+    assert tasks == held_out_tasks(held_out, 60)
+    assert len(tasks) == len({task["id"] for task in tasks}) == 60
+    trained = {f"code:{function.module.name}" for function in train}
+    for task in tasks:
+        assert task["source"] not in trained
+        assert task["messages"][0]["role"] == "user" and task["first_tool"] in ("Read", "Edit", "Grep", "Bash")
+        assert task["verify"] is None or task["verify"]["must_contain"]
+    assert sum(task["verify"] is not None for task in tasks) >= 20
+
+
+def test_the_command_writes_its_files(tmp_path):
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "shapes.py").write_text(
+        '"""Shapes."""\n\n\ndef area(a, b):\n    """Return the area of a rectangle."""\n    return a * b\n\n\n'
+        'def perimeter(a, b=1):\n    """Return the length of the rectangle\'s border."""\n    return a + a + b + b\n'
+    )
+    out = tmp_path / "run"
+    assert main(Config(out=out, from_code=str(tmp_path / "code"), n=6, include_held_out=True)) == 0
+    done = rows.read_rows(out / "data/rollouts.parquet")
+    assert len(done) == 6 and {row["source"] for row in done} == {"code:shapes"}
+    assert rows.read_rows(out / "data/rollouts_preference.parquet")
+    assert "6 rollouts" in (out / "data/rollouts.md").read_text()
+    with pytest.raises(UserError):
+        main(Config(out=out, n=0))

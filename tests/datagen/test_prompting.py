@@ -1,0 +1,97 @@
+"""Templates are strict both ways, and what is put into them is never read as a template."""
+
+import shutil
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from datagen.prompting import BUILT_IN, Prompts
+from soul.errors import UserError
+
+VALUES = {
+    "generate": {"soul": "SOUL"},
+    "critique": {"soul": "SOUL", "request": "REQUEST", "reply": "REPLY", "known": [{"principle": "short", "why": "90 words"}],
+                 "principles": [{"id": "short", "text": "keeps it short."}]},
+    "revise": {"soul": "SOUL", "request": "REQUEST", "reply": "REPLY", "faults": [{"principle": "keeps it short.", "quote": "blah", "why": "90 words"}]},
+    "judge": {"soul": "SOUL", "request": "REQUEST", "reply_a": "ONE", "reply_b": "TWO"},
+    "repair_json": {"text": "[{", "problem": "Expecting value"},
+}  # fmt: skip
+
+
+def flat(value):
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
+    return [value] if isinstance(value, str) else [text for item in items for text in flat(item)]
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_built_in_templates_carry_every_value_and_begin_with_the_soul(name):
+    messages = Prompts().render(name, **VALUES[name])
+    said = "\n".join(message["content"] for message in messages)
+    assert [text for text in flat(VALUES[name]) if text not in said] == []
+    if "soul" in VALUES[name]:
+        assert messages[0]["role"] == "system" and messages[0]["content"].startswith("SOUL\n")
+    assert len(said) < 1500  # every character is paid for on every call
+
+
+def test_there_are_no_other_templates():
+    assert {path.stem for path in BUILT_IN.glob("*.j2")} == set(VALUES)
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_a_missing_or_an_extra_value_is_an_error(name):
+    prompts, (first, *_) = Prompts(), VALUES[name]
+    with pytest.raises(UserError, match=rf"{name}.j2: uses {first}, which this stage does not have"):
+        prompts.render(name, **{k: v for k, v in VALUES[name].items() if k != first})
+    with pytest.raises(UserError, match=f"{name}.j2: does not use guidance"):
+        prompts.render(name, **VALUES[name], guidance="be kind")
+
+
+PIECES = [*"{}%#<>/:\n \"'\\é", "{{ soul }}", "{% raw %}", "{#", "Human: ", "</request>", "\n\n", "<|im_end|>"]
+NASTY = st.lists(st.sampled_from(PIECES), max_size=30).map("".join)
+
+
+@given(request=NASTY, reply=NASTY)
+def test_values_are_inert_and_arrive_whole(request, reply):
+    text = PROMPTS.render("judge", soul="s", request=request, reply_a=reply, reply_b="b")[1]["content"]
+    assert f"<request>\n{request}\n</request>\n\n<reply_a>\n{reply}\n</reply_a>\n" in text
+
+
+PROMPTS = Prompts()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "judge.j2").write_text("{% block user %}\n{{ soul }} {{ request }} {{ reply_a }} {{ reply_b }}\n{% endblock %}\n")
+    return tmp_path
+
+
+def test_a_folder_overrides_single_templates_and_changes_the_hash(folder):
+    prompts = Prompts(folder)
+    assert prompts.render("judge", **VALUES["judge"]) == [{"role": "user", "content": "SOUL REQUEST ONE TWO"}]
+    assert prompts.render("generate", soul="SOUL") == PROMPTS.render("generate", soul="SOUL")
+    assert prompts.hash != PROMPTS.hash == Prompts().hash
+    copy = folder / "copy"
+    shutil.copytree(BUILT_IN, copy)
+    assert Prompts(copy).hash == PROMPTS.hash
+
+
+@pytest.mark.parametrize(
+    "source, message",
+    [
+        ("{% block user %}\n{{ soul }\n{% endblock %}", r"judge.j2:2: template error"),
+        ("{{ soul }}{{ request }}{{ reply_a }}{{ reply_b }}", "neither a `system` nor a `user` block"),
+        ("{% block user %}{{ soul.__class__.__mro__ }}{{ request }}{{ reply_a }}{{ reply_b }}{% endblock %}", "template error"),
+        ("{% block user %}{{ soul.nothing }}{{ request }}{{ reply_a }}{{ reply_b }}{% endblock %}", "template error"),
+        ("{% block user %}{{ request }}{{ reply_a }}{{ reply_b }}{% endblock %}", "does not use soul"),
+    ],
+)
+def test_a_broken_template_is_one_line_naming_the_file(folder, source, message):
+    (folder / "judge.j2").write_text(source)
+    with pytest.raises(UserError, match=message):
+        Prompts(folder).render("judge", **VALUES["judge"])
+
+
+def test_a_missing_folder_is_named(tmp_path):
+    with pytest.raises(UserError, match="no such folder"):
+        Prompts(tmp_path / "nowhere")

@@ -1,0 +1,1 @@
+"""Datasets to weights: packing, losses, one fit loop, SFT, DPO, preflight."""

@@ -1,0 +1,195 @@
+"""The one training loop: SFT and DPO differ only in the loss and the batches that they hand to `fit`.
+
+A step is four compiled programs: forward (log-probs and pullback), loss, backward, update. The forward is a program of its own, so that the
+reference log-probs of DPO come out of the very executable that the policy's do, and equal weights give equal bits.
+"""
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from soul.console import console, progress
+from training import losses
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["params", "opt_state"], meta_fields=[])
+@dataclass(frozen=True)
+class TrainState:
+    """What a checkpoint holds beside its step number."""
+
+    params: Any
+    opt_state: Any
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    steps: int
+    accumulate: int = 1
+    """Micro-batches per step."""
+    checkpoint_minutes: float = 5.0
+    """Minutes between checkpoints: each is three times the weights (1.6 GB for 135M)."""
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What the loop needs from outside. `save(step, state)` must be durable when it returns."""
+
+    save: Callable[[int, TrainState], None]
+    metrics: Path
+    title: str = "training"
+    clock: Callable[[], float] = time.monotonic
+
+
+class Programs:
+    """The compiled programs of one model, loss and optimizer."""
+
+    def __init__(self, graph, loss: Callable, optimizer: optax.GradientTransformation | None = None):
+        self.forward = jax.jit(lambda params, batch: jax.vjp(lambda p: losses.token_logprobs(graph, p, batch), params))
+        self.loss = jax.jit(jax.value_and_grad(loss, has_aux=True))
+        self.backward = jax.jit(lambda pullback, g: pullback(g)[0])
+        self.add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b), donate_argnums=0)
+        if optimizer is not None:
+            self.update = jax.jit(partial(_update, optimizer), donate_argnums=(0, 1))
+
+    def gradients(self, params, batch: dict):
+        """(sum, (count, sums)) of one micro-batch, and the gradient of the sum."""
+        logp_n, pullback = self.forward(params, batch)
+        value, g_n = self.loss(logp_n, batch)
+        return value, self.backward(pullback, g_n)
+
+    def accumulated(self, params, batches: list[dict]):
+        """Sums, counts and gradients over all micro-batches."""
+        value, grads = self.gradients(params, batches[0])
+        for batch in batches[1:]:
+            more, more_grads = self.gradients(params, batch)
+            value, grads = self.add(value, more), self.add(grads, more_grads)
+        return value, grads
+
+    def step(self, state: TrainState, batches: list[dict]):
+        """One optimizer step; `state` is donated."""
+        value, grads = self.accumulated(state.params, batches)
+        return self.update(state, grads, value)
+
+
+def _update(optimizer, state: TrainState, grads, value):
+    total, (count, sums) = value
+    grads = jax.tree.map(lambda g: g / count.astype(g.dtype), grads)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    metrics = {"loss": total / count, **{name: s / count for name, s in sums.items()}, "grad_norm": optax.global_norm(grads), "count": count}
+    return TrainState(optax.apply_updates(state.params, updates), opt_state), metrics
+
+
+def fit(programs: Programs, state: TrainState, batches: Callable[[int], dict], config: FitConfig, hooks: Hooks, *, start: int = 0,
+        rate: Callable[[int], float] = lambda step: 0.0) -> tuple[TrainState, int]:  # fmt: skip
+    """Train from step `start` to `config.steps`; gives the state and the step that it stands at, fewer than asked after a signal.
+
+    `batches(k)` is micro-batch k, a pure function, so the step number alone says where the data stands. SIGINT and SIGTERM save at the next
+    step boundary and return; a second SIGINT raises KeyboardInterrupt at once. A step's metrics are read after the next one was dispatched.
+    """
+    step, saved = start, hooks.clock()
+    with _stop_signals() as stopped, _Metrics(hooks, start) as log, progress(hooks.title, config.steps, "steps") as show:
+        show(start)
+        while step < config.steps and not stopped.is_set():
+            micro = [batches(step * config.accumulate + i) for i in range(config.accumulate)]
+            state, metrics = programs.step(state, [jax.device_put(batch) for batch in micro])
+            log.read()
+            log.defer({"step": step, "lr": float(rate(step)), "tokens": sum(int((b["segments"] > 0).sum()) for b in micro),
+                       "supervised": sum(int(b["weights"].sum()) for b in micro)}, metrics)  # fmt: skip
+            step += 1
+            if step < config.steps and hooks.clock() - saved >= 60 * config.checkpoint_minutes:
+                log.read()
+                hooks.save(step, state)
+                saved = hooks.clock()
+            show(step, log.note)
+        log.read()
+        show(step, log.note)
+    if step < config.steps:
+        hooks.save(step, state)
+    return state, step
+
+
+class _Metrics:
+    """metrics.jsonl, a line per step, flushed; lines of steps that a resumed run will do again are taken out first."""
+
+    def __init__(self, hooks: Hooks, start: int):
+        self.clock, self.note, self.waiting = hooks.clock, "", None
+        hooks.metrics.parent.mkdir(parents=True, exist_ok=True)
+        kept = [line for line in read_metrics(hooks.metrics) if line["step"] < start]
+        temporary = hooks.metrics.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        os.replace(temporary, hooks.metrics)
+        self.file = open(hooks.metrics, "a", encoding="utf-8")
+        self.last = self.clock()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.file.close()
+
+    def defer(self, known: dict, metrics: dict) -> None:
+        self.waiting = known, metrics
+
+    def read(self) -> None:
+        if self.waiting is None:
+            return
+        known, metrics = self.waiting
+        self.waiting = None
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        now = self.clock()
+        seconds, self.last = now - self.last, now
+        line = known | values | {"seconds": round(seconds, 3), "tokens_per_s": round(known["tokens"] / seconds, 1) if seconds > 0 else 0.0}
+        self.file.write(json.dumps(line) + "\n")
+        self.file.flush()
+        accuracy = f" accuracy {values['accuracy']:.2f}" if "accuracy" in values else ""
+        self.note = f"loss {values['loss']:.3f}{accuracy} {line['tokens_per_s']:,.0f} tok/s"
+        if not np.isfinite(values["loss"]):
+            raise FloatingPointError(f"the loss of step {known['step']} is {values['loss']}")
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The lines of a metrics.jsonl; a last line cut by a crash is left out."""
+    lines = []
+    if path.exists():
+        for text in path.read_text(encoding="utf-8").splitlines():
+            try:
+                lines.append(json.loads(text))
+            except json.JSONDecodeError:
+                break
+    return lines
+
+
+@contextmanager
+def _stop_signals():
+    """An event set by SIGINT or SIGTERM; the previous handlers come back at the first signal, so a second SIGINT interrupts."""
+    stopped, before = threading.Event(), {}
+
+    def restore():
+        while before:
+            signal.signal(*before.popitem())
+
+    def stop(number, _frame):
+        restore()
+        stopped.set()
+        console.print(f"{signal.Signals(number).name}: saving after this step (again: stop without saving)")
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, stop)
+    try:
+        yield stopped
+    finally:
+        restore()

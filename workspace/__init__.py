@@ -1,0 +1,1 @@
+"""The tools' real execution: Read, Edit, Grep, Bash inside one directory."""

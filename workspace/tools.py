@@ -1,0 +1,71 @@
+"""The workspace: the four tools, really executed, inside one directory."""
+
+import difflib
+from pathlib import Path
+
+from soul.errors import UserError
+from soul.tools import problem
+from workspace.bash import bash, environment
+from workspace.files import edit, plan_edit, read
+from workspace.grep import grep
+from workspace.paths import ToolError
+
+REJECTED = "rejected by user"
+
+
+class Workspace:
+    """One directory and what has been read in it. The same calls on the same files give the same bytes anywhere.
+
+    Args:
+        root: the directory that the tools may touch.
+        bash_timeout: seconds a command may run when the call names none.
+        max_result_chars: about the most that one result may hold.
+        env: additions to the environment of commands.
+    """
+
+    def __init__(self, root: str | Path, *, bash_timeout: int = 30, max_result_chars: int = 8000, env: dict[str, str] | None = None):
+        self.root = Path(root).resolve()
+        if not self.root.is_dir():
+            raise UserError("is not a directory", where=root)
+        self.bash_timeout, self.max_result_chars = bash_timeout, max_result_chars
+        self.env = environment(self.root, env)
+        self.seen: dict[Path, str] = {}
+
+    def run(self, name: str, args: dict[str, str]) -> str:
+        """Execute one call. Whatever the call, it never raises: what went wrong is the result, and begins `error: `."""
+        try:
+            if fault := problem(name, args):
+                raise ToolError(fault)
+            if name == "Read":
+                text = read(self.root, self.seen, args, self.max_result_chars)
+            elif name == "Edit":
+                text = edit(self.root, self.seen, args)
+            elif name == "Grep":
+                text = grep(self.root, args, self.max_result_chars)
+            else:
+                text = bash(self.root, args, self.env, self.bash_timeout)
+        except ToolError as error:
+            text = f"error: {error}"
+        except OSError as error:
+            text = f"error: {name} failed: {error.strerror or 'operating system error'}"
+        return clip(text.encode("utf-8", "replace").decode(), self.max_result_chars)
+
+    def preview(self, args: dict[str, str]) -> str:
+        """What an Edit would change, as a unified diff; the error it would give when it would fail."""
+        try:
+            if fault := problem("Edit", args):
+                raise ToolError(fault)
+            change = plan_edit(self.root, self.seen, args)
+        except (ToolError, OSError) as error:
+            return f"error: {error}"
+        before, after = (data.decode("utf-8").split("\n") for data in (change.before, change.after))
+        diff = difflib.unified_diff(before if change.before else [], after, "before", "after", lineterm="")
+        return "\n".join(diff)
+
+
+def clip(text: str, most: int) -> str:
+    """`text` without its middle when it is over `most` characters: errors stand at the end, context at the start."""
+    if len(text) <= most:
+        return text
+    head, tail = text[: most // 2], text[-(most // 2) :]
+    return f"{head}\n[{len(text) - len(head) - len(tail)} characters elided]\n{tail}"
