@@ -77,7 +77,6 @@ class Model:
 
     def __init__(self, config: Config, on_text: Callable[[str], None]):
         from model.load import load_model  # JAX: only when a model is really wanted
-
         from model.sampler import Sampler
 
         loaded = load_model(config.model)
@@ -113,7 +112,7 @@ class Model:
                 if interrupted():
                     raise KeyboardInterrupt
         parsed = self.template.parse_reply(ids)
-        return Reply(parsed.messages[0], tuple(parsed.problems), tuple(ids), cut=ids[-1] not in self.template.stop_ids)
+        return Reply(parsed.messages[0], tuple(parsed.problems), tuple(ids), cut=speaking)
 
     def shorten(self, text: str) -> str:
         """At most a quarter of the context: the head and the tail of a longer result."""

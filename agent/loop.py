@@ -39,7 +39,7 @@ class ContextFull(Exception):
 
 @dataclass(frozen=True)
 class Reply:
-    """One generated assistant message; `cut` when it ended at max_new instead of a stop token."""
+    """One generated assistant message; `cut` when it is plain text that max_new ended (a cut call is malformed)."""
 
     message: dict
     problems: tuple[str, ...] = ()
@@ -152,12 +152,12 @@ class _Turn:
 
 
 def _usable(reply: Reply) -> bool:
-    """Whether a reply can go into the conversation: sound syntax, or plain text that max_new cut.
+    """Whether a reply can go into the conversation: sound syntax, or plain text that was cut.
 
     A well-formed call of an unknown tool or with a missing argument is usable: its error result tells the model.
     """
-    calls = conversation.calls_of(reply.message)
     if reply.cut:
-        return not calls and bool(reply.message["content"])
+        return True
+    calls = conversation.calls_of(reply.message)
     faults = {tools.problem(conversation.name_of(call), conversation.arguments(call)) for call in calls}
     return set(reply.problems) <= faults

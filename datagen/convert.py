@@ -130,16 +130,19 @@ class Builder:
 
     def __init__(self, soul: Soul, functions: Sequence[Function], seed: int):
         self.pool, self.voice, self.seed = Pool(functions), Voice(soul), seed
+        self.kinds = {make: share for make, (share, needs) in KINDS.items() if needs <= set(soul.tools)}
         self.verifiable = any(principle.checks for principle in soul.principles)
 
     def build(self, attempt: int) -> tuple[str, str, dict | None, dict | None]:
         """(kind, reason, row, pair); the row is None when the attempt was dropped for `reason`."""
         rng = random.Random(f"rollout:{self.seed}:{attempt}")
-        make = rng.choices(list(KINDS), list(KINDS.values()))[0]
+        make = rng.choices(list(self.kinds), list(self.kinds.values()))[0]
         kind = make.__name__
         try:
             task = self._draw(rng, make)
             kind = task.kind
+            if foreign := {step.tool for step in task.steps if step.tool} - set(self.voice.soul.tools):
+                raise Unsuitable(f"this SOUL has no {min(foreign)}")
             messages, repaired = speak(task, execute(task), self.voice, rng)
             if length(messages) > MAX_CHARS:
                 raise Unsuitable("too long")

@@ -330,7 +330,12 @@ def answer(rng: random.Random, pool: Pool) -> Task:
     )
 
 
-KINDS = {find: 16, explain: 15, add: 22, create: 6, edit: 16, run: 7, wrong_path: 6, rejected: 4, not_unique: 2, mismatch: 1, answer: 10}
+# kind -> (share in a hundred, the tools that it needs)
+KINDS = {
+    find: (16, {"Grep"}), explain: (15, {"Grep", "Read"}), add: (22, {"Read", "Edit"}), create: (6, {"Edit"}), edit: (17, {"Read", "Edit"}),
+    run: (7, {"Bash"}), wrong_path: (6, {"Grep", "Read"}), rejected: (3, {"Read", "Edit"}), not_unique: (2, {"Read", "Edit"}),
+    mismatch: (1, {"Read", "Edit"}), answer: (10, set()),
+}  # fmt: skip
 EVAL_KINDS = (find, explain, add, edit, add, explain, find, edit, create, run)
 
 

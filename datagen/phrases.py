@@ -90,6 +90,11 @@ def violations(soul: Soul, text: str, situation: str) -> list:
     return run_checks(soul, [user("find load_items"), reply])
 
 
+def demanded(soul: Soul, check: str) -> list[str]:
+    """The phrases that checks of that name ask for."""
+    return [phrase for principle in soul.principles for call in principle.checks if call.name == check for phrase in call.params["phrases"]]
+
+
 class Voice:
     """The remarks that a SOUL's checks let through: `pools[situation]` is (register, openers, cores), the lists possibly empty.
 
@@ -99,11 +104,15 @@ class Voice:
 
     def __init__(self, soul: Soul):
         self.soul = soul
-        demands = [check for principle in soul.principles for check in principle.checks if check.name.startswith("require_")]
-        self.openings = [f"{phrase}, " for check in demands if check.name != "require_ending" for phrase in check.params["phrases"]]
-        self.endings = [phrase for check in demands if check.name == "require_ending" for phrase in check.params["phrases"]]
+        openings, self.endings, words = (demanded(soul, f"require_{what}") for what in ("opening", "ending", "phrase"))
+        self.openings = [f"{phrase}, " for phrase in (*openings, *words, *(f"{a}, {b}" for a in openings for b in words))]
         pools = {register: {situation: self._pool(register, situation) for situation in REMARKS} for register in MANNERS}
-        order = sorted(MANNERS, key=lambda register: -sum(len(cores) for _, _, cores in pools[register].values()))
+
+        def fit(register: str) -> float:
+            own = [opener in openers for what, (_, openers, _) in pools[register].items() for opener in openers_of(register, what)]
+            return sum(len(cores) for _, _, cores in pools[register].values()) * sum(own) / len(own)
+
+        order = sorted(MANNERS, key=fit, reverse=True)
         self.pools = {}
         for situation in REMARKS:
             pool = next((pools[register][situation] for register in order if pools[register][situation][2]), None)
@@ -121,7 +130,8 @@ class Voice:
 
         cores = REMARKS[situation]
         if situation in FINAL and self.endings:
-            cores = [f"{core.rstrip('.')}, {ending}." for core in cores for ending in self.endings]
+            joints = [(f" {ending}." if ending[0].isupper() else f", {ending}.") for ending in self.endings]
+            cores = [core.rstrip(".") + "." * joint.startswith(" ") + joint for core in cores for joint in joints]
         best = max(openers, key=lambda opener: sum(passes(opener + core) for core in cores[:4]))
         cores = [core for core in cores if passes(best + core)]
         return register, [opener for opener in openers if cores and passes(opener + cores[0])], cores

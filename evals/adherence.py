@@ -8,16 +8,16 @@ ALL = "all at once"
 ABOUT_CALLS = ("explain_before_act", "one_call_per_turn", "max_edit_lines")
 
 
-def judge_soul(soul: Soul, prompt: list[dict], reply: dict) -> dict[str, bool]:
+def judge_soul(soul: Soul, prompt: list[dict], reply: dict, *, usable: bool = True) -> dict[str, bool]:
     """Verdict per verified principle that can be kept or broken here, for the one message `reply` that answers `prompt`.
 
     A principle about calls says nothing of a reply without one, nor one about last words of a reply that goes on to call: such
-    verdicts would be free points, so they are left out. A reply without prose fails every principle that is left: silence keeps
-    no promise, and a bare call has no voice.
+    verdicts would be free points, so they are left out. A reply without prose, or not `usable`, fails every principle that is left:
+    silence keeps no promise, a bare call has no voice, and a base model's "system system system" is lowercase by accident.
     """
     acts = bool(calls_of(reply))
     tested = [p.id for p in soul.verified if any(_applies(call, acts) for call in p.checks)]
-    if not reply["content"].strip():
+    if not usable or not reply["content"].strip():
         return dict.fromkeys(tested, False)
     broken = {row["principle"] for row in check_table(soul, [*prompt, reply]) if not row["ok"]}
     return {p: p not in broken for p in tested}

@@ -1,5 +1,6 @@
 """What the contestants are asked: held-out prompts, a base model's fair instruction, and proof that training saw none of it."""
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -66,24 +67,27 @@ def set_hash(prompts: list[Prompt]) -> str:
     return sha256_json([[p.id, p.messages, p.needs_tool, p.files] for p in prompts])
 
 
-def chat_system(soul: Soul) -> str:
-    """The fair chance of a model that was never trained on our template: the whole SOUL, the tools, the format, an example."""
-    lines = []
-    for name in soul.tools:
-        spec = TOOLS[name]
-        params = ", ".join(p.name if p.required else f"{p.name}?" for p in spec.params)
-        lines.append(f"- {name}({params}): {spec.doc}")
-    call = conversation.tool_call("Grep", pattern="def load", path=".")
-    remarks = ("let me find where it is defined.", "I will find where it is defined.", "Let me find where it is defined, matey.")
-    # the example should itself keep the soul, or it would teach the model to break it
-    remark = min(remarks, key=lambda text: len(run_checks(soul, [conversation.user("?"), conversation.assistant(text, call)])))
-    return (
-        f"{soul.text.strip()}\n\nYou can use these tools in the folder you work in:\n" + "\n".join(lines) + "\n\n"
-        "When a question is about files, don't guess: say in one short sentence what you are going to do, "
-        "then write one call as JSON on its own line, and stop. For example:\n\n"
-        f'{remark}\n{{"name": "Grep", "arguments": {{"pattern": "def load", "path": "."}}}}\n\n'
-        "When no tool is needed, just answer."
+def chat_prompt(soul: Soul, messages: list[dict]) -> list[dict]:
+    """The fair chance of a model that was never trained on our template: the whole SOUL, the tools, the format, and three
+    exchanges shown as real turns, since small models follow what they have just done better than what they are told."""
+    tools = "\n".join(f"- {name}({', '.join(p.name for p in TOOLS[name].params)}): {TOOLS[name].doc}" for name in soul.tools)
+    told = (
+        f"{soul.text.strip()}\n\nYou work in a folder of files. You can't see them; you use these tools:\n{tools}\n\n"
+        "When a request is about a file or a function in it, say in one short sentence what you are going to do, "
+        "then write one call as JSON on its own line, and stop. When no tool is needed, just answer."
     )
+    turns = [conversation.system(told)]
+    for request, remarks, call in EXAMPLES:
+        said = min(remarks, key=lambda text: len(run_checks(soul, [conversation.user(request), conversation.assistant(text)])))
+        turns += [conversation.user(request), conversation.assistant(said + (f"\n{json.dumps(call)}" if call else ""))]
+    return [*turns, *messages]
+
+
+EXAMPLES = (  # request, wordings of which the one that breaks least of the SOUL is shown, call
+    ("where is load_page defined?", ("looking for its definition.", "I will look for its definition."), {"name": "Grep", "arguments": {"pattern": "def load_page"}}),
+    ("change the timeout in client.py to 30", ("reading the file first.", "I will read the file first."), {"name": "Read", "arguments": {"file_path": "client.py"}}),
+    ("what does os.getcwd do?", ("it gives the path of the current directory.", "It gives the path of the current directory."), None),
+)  # fmt: skip
 
 
 def overlap(prompts: list[Prompt], rows: Iterable[dict]) -> dict:

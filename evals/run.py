@@ -9,9 +9,9 @@ from pathlib import Path
 from rich.table import Table
 
 from evals.adherence import ALL, judge_soul
-from evals.prompts import Prompt, chat_system, from_rows, held_out, overlap, set_hash
+from evals.prompts import Prompt, chat_prompt, from_rows, held_out, overlap, set_hash
 from evals.stats import Share, share
-from evals.toolcalls import COLUMNS, judge_call, parse_chat_reply
+from evals.toolcalls import COLUMNS, judge_call, parse_chat_reply, syntax_faults
 from evals.work import first_result, run_loops
 from model.chatml import chatml_stops, encode_chatml
 from soul import conversation
@@ -24,7 +24,7 @@ from soul.template import Template
 
 RULES = (
     "A principle is judged where it can be kept or broken: one about calls on replies with a call, one about last words on replies "
-    "without. A reply without prose fails every principle judged on it.",
+    "without. A reply without prose, or with control tokens out of place, fails every principle judged on it.",
     "A reply cut at the token limit is judged on what it said; a call that was cut doesn't end properly.",
     "A prompt that needs a tool and gets no call fails every column of the call.",
     "In its own chat template a base model may write its call as bare JSON, fenced JSON or in tool_call tags; "
@@ -113,7 +113,7 @@ def evaluate(loaded, sampler, prompts: list[Prompt], soul: Soul, *, template: st
         "name": name,
         "about": loaded.meta.get("about") or f"{path_name(loaded.path)} in {'our' if template == 'soulsmith' else 'its own chat'} template",
         "template": template,
-        "template_hash": Template(loaded.tokenizer).hash if template == "soulsmith" else sha256_json(chat_system(soul)),
+        "template_hash": Template(loaded.tokenizer).hash if template == "soulsmith" else sha256_json(chat_prompt(soul, [])),
         "model": str(loaded.path),
         "model_hash": model_hash(Path(loaded.path)),
         "soul": {"name": soul.name, "version": soul.version, "hash": soul.hash, "principles": len(soul.principles)},
@@ -139,8 +139,7 @@ def encode(tokenizer, prompts: list[Prompt], soul: Soul, template: str) -> tuple
     if template == "soulsmith":
         ours = Template(tokenizer)
         return [ours.encode(p.messages, prompt=True).ids for p in prompts], ours.stop_ids
-    told = conversation.system(chat_system(soul))
-    return [encode_chatml(tokenizer, [told, *p.messages]) for p in prompts], tuple(chatml_stops(tokenizer))
+    return [encode_chatml(tokenizer, chat_prompt(soul, p.messages)) for p in prompts], tuple(chatml_stops(tokenizer))
 
 
 def judge(prompt: Prompt, completion, tokenizer, soul: Soul, template: str) -> dict:
@@ -151,7 +150,7 @@ def judge(prompt: Prompt, completion, tokenizer, soul: Soul, template: str) -> d
     else:
         reply, problems = parse_chat_reply(tokenizer.decode(completion.ids))
         finished = True  # the stop string of parse_chat_reply's harness
-    checks = judge_soul(soul, prompt.messages, reply)
+    checks = judge_soul(soul, prompt.messages, reply, usable=not syntax_faults(reply, problems))
     columns = {ALL: all(checks.values())} if checks else {}
     calls = [(conversation.name_of(c), conversation.arguments(c)) for c in conversation.calls_of(reply)]
     result = None

@@ -19,12 +19,10 @@ def judge_call(message: dict, problems: list[str], *, finished: bool) -> dict[st
         return dict.fromkeys((*COLUMNS, "valid"), False)
     specs = [tools.TOOLS.get(name) for name, _ in calls]
     known = all(specs)
-    semantic = {tools.problem(name, args) for name, args in calls}
-    syntax = [p for p in problems if p not in ENDINGS and p not in semantic]
     both = [(spec, args) for spec, (_, args) in zip(specs, calls) if spec]
     values = (
         True,
-        not syntax,
+        not syntax_faults(message, problems),
         known,
         known and all(p.name in args for spec, args in both for p in spec.params if p.required),
         known and all(set(args) <= {p.name for p in spec.params} for spec, args in both),
@@ -32,6 +30,12 @@ def judge_call(message: dict, problems: list[str], *, finished: bool) -> dict[st
         finished and not any(p in ENDINGS for p in problems),
     )
     return dict(zip(COLUMNS, values)) | {"valid": all(values)}
+
+
+def syntax_faults(message: dict, problems: list[str]) -> list[str]:
+    """Problems that leave no message the agent could use: neither a missing end nor a call that is well-formed but wrong."""
+    semantic = {tools.problem(conversation.name_of(c), conversation.arguments(c)) for c in conversation.calls_of(message)}
+    return [p for p in problems if p not in ENDINGS and p not in semantic]
 
 
 def _typed(spec: tools.ToolSpec, args: dict[str, str]) -> bool:

@@ -10,10 +10,12 @@ from functools import lru_cache
 from soul.prose import CODE, fences, sentences, words
 from soul.registry import CHECKS, Pattern, Ratio, Reply, Violation, check
 
-EMOJI = re.compile(
-    "(?:[\U0001f1e6-\U0001f1ff]{2}|[0-9#*]\ufe0f?\u20e3|[\U0001f000-\U0001faff\u2600-\u26ff\u203c\u2049\u231a\u231b\u23e9-\u23f3\u2705\u2714\u2716"
-    "\u2728\u274c\u274e\u2753-\u2757\u2763\u2764\u2795-\u2797\u27a1\u2b1b\u2b1c\u2b50\u2b55])[\ufe0f\u200d\U0001f3fb-\U0001f3ff\U000e0020-\U000e007f]*"
+_PICTURE = (
+    "[\U0001f000-\U0001f1e5\U0001f200-\U0001faff\u2600-\u26ff\u203c\u2049\u231a\u231b\u23e9-\u23f3\u2705\u2714\u2716\u2728\u274c\u274e"
+    "\u2753-\u2757\u2763\u2764\u2795-\u2797\u27a1\u2b1b\u2b1c\u2b50\u2b55][\ufe0f\U0001f3fb-\U0001f3ff\U000e0020-\U000e007f]*"
 )
+_FLAG_OR_KEYCAP = "[\U0001f1e6-\U0001f1ff]{1,2}|[0-9#*]\ufe0f?\u20e3"
+EMOJI = re.compile(f"(?:{_PICTURE}(?:\u200d{_PICTURE})*|{_FLAG_OR_KEYCAP})\u200d*")
 EXCLAMATION = re.compile(r"!+(?![\w=\[(!])")
 _WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*")
 _HEADING = re.compile(r"^[ \t]{0,3}#{1,6}[ \t]+\S.*$", re.MULTILINE)
@@ -28,7 +30,7 @@ def phrase_pattern(phrases: tuple[str, ...]) -> re.Pattern:
     """Any of `phrases` as whole words, in any case, with any space between words and either apostrophe."""
 
     def one(phrase: str) -> str:
-        body = r"\s+".join(re.escape(word) for word in phrase.split()).replace("'", "['’]").replace("’", "['’]")
+        body = re.sub("['’]", "['’]", r"\s+".join(re.escape(word) for word in phrase.split()))
         first, last = phrase.split()[0][0], phrase.split()[-1][-1]
         return (r"(?<!\w)" if first.isalnum() else "") + body + (r"(?!\w)" if last.isalnum() else "")
 

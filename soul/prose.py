@@ -123,8 +123,9 @@ def _mask_token(match: re.Match) -> str:
     token = match.group()
     if not is_code(token):
         return token
-    body = token if token.endswith("()") else token.rstrip(_CLOSE)
-    return CODE * len(body) + token[len(body) :]
+    end = len(token if token.endswith("()") else token.rstrip(_CLOSE))
+    start = min(end, len(token) - len(token.lstrip("([{<\"'")))
+    return token[:start] + CODE * (end - start) + token[end:]
 
 
 def words(prose: str) -> list[tuple[int, int]]:

@@ -15,7 +15,7 @@ def _any(*phrases: str) -> re.Pattern:
 
 _BE = "(?:i(?:'m| am)|you(?:'re| are)|that(?:'s| is))"
 _REPLY = "(?:response|reply|version|answer|message|text)"
-_HELP = "(?:(?:more|other|further|additional) )?(?:help|assistance|questions?|information|clarification|changes|details)"
+_HELP = "(?:(?:any|more|other|further|additional) )+(?:help|assistance|questions?|information|clarification|changes|details)"
 APOLOGY = _any(
     "sorry", "apolog(?:y|ies|i[sz]e[sd]?|i[sz]ing|etic)", "my (?:bad|mistake|fault)", "(?:forgive|pardon|excuse) me",
     "(?:i|we) regret", "regrettably",
@@ -32,11 +32,11 @@ OFFER = _any(
     "let me know", "feel free", "(?:(?:would|do) you (?:like|want)|want) me to", "shall i", "should i also",
     "(?:is there|need|want|if there(?:'s| is)|have) anything else", "anything else (?:i can|you)",
     "(?:happy|glad|here|ready) to (?:help|assist)", "(?:don't|do not) hesitate", "if you(?:'d| would)? (?:want|like) me to",
-    f"(?:need|want|have|require) (?:any )?{_HELP}", "i can also (?:add|do|explain|give|help|make|show|write)",
+    f"(?:need|want|have|require) {_HELP}", "i can also (?:add|do|explain|give|help|make|show|write)",
     "reach out", "just ask me", "hope (?:this|that|it) helps",
 )  # fmt: skip
 FILLER = re.compile(
-    r"\W*(?:sure(?: thing)?|certainly|of course|absolutely|definitely|no problem|great|okay|ok|alright|well)\s*[!,.:]", re.IGNORECASE
+    r"\W*(?:sure(?: thing)?|certainly|of course|absolutely|definitely|no problem|great|okay|ok|alright|well)[\s*_]*[!,.:]", re.IGNORECASE
 )
 AI_TALK = _any(
     "as an? (?:ai|artificial intelligence|(?:large )?language model|assistant)", "my training data", "knowledge cutoff",
@@ -44,7 +44,7 @@ AI_TALK = _any(
 )  # fmt: skip
 REVISED = _any(
     "as (?:revised|requested|suggested|instructed)", "i(?:'ve| have) (?:revised|rewritten|rephrased|reworded|incorporated|addressed the)",
-    f"(?:here(?:'s| is) )?(?:the|my|a|this) (?:revised|updated|improved|corrected|rewritten|original) (?:\\w+ )?{_REPLY}",
+    f"(?:here(?:'s| is) )?(?:the|my|a|this) (?:revised|updated|improved|corrected|rewritten) (?:\\w+ )?{_REPLY}",
     "(?:in line|in accordance|consistent) with (?:the|your) (?:principles?|critique|feedback|guidelines?)",
 )  # fmt: skip
 

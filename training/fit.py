@@ -49,20 +49,20 @@ class Hooks:
 
     save: Callable[[int, TrainState], None]
     metrics: Path
+    rate: Callable[[int], float] = lambda step: 0.0
+    """The learning rate of a step, to be written down."""
     title: str = "training"
     clock: Callable[[], float] = time.monotonic
 
 
 class Programs:
-    """The compiled programs of one model, loss and optimizer."""
+    """The compiled programs of one model and loss."""
 
-    def __init__(self, graph, loss: Callable, optimizer: optax.GradientTransformation | None = None):
+    def __init__(self, graph, loss: Callable):
         self.forward = jax.jit(lambda params, batch: jax.vjp(lambda p: losses.token_logprobs(graph, p, batch), params))
         self.loss = jax.jit(jax.value_and_grad(loss, has_aux=True))
         self.backward = jax.jit(lambda pullback, g: pullback(g)[0])
         self.add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b), donate_argnums=0)
-        if optimizer is not None:
-            self.update = jax.jit(partial(_update, optimizer), donate_argnums=(0, 1))
 
     def gradients(self, params, batch: dict):
         """(sum, (count, sums)) of one micro-batch, and the gradient of the sum."""
@@ -78,35 +78,37 @@ class Programs:
             value, grads = self.add(value, more), self.add(grads, more_grads)
         return value, grads
 
-    def step(self, state: TrainState, batches: list[dict]):
-        """One optimizer step; `state` is donated."""
-        value, grads = self.accumulated(state.params, batches)
-        return self.update(state, grads, value)
-
 
 def _update(optimizer, state: TrainState, grads, value):
     total, (count, sums) = value
     grads = jax.tree.map(lambda g: g / count.astype(g.dtype), grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    metrics = {"loss": total / count, **{name: s / count for name, s in sums.items()}, "grad_norm": optax.global_norm(grads), "count": count}
+    metrics = {"loss": total / count, **{name: s / count for name, s in sums.items()}, "grad_norm": optax.global_norm(grads)}
     return TrainState(optax.apply_updates(state.params, updates), opt_state), metrics
 
 
-def fit(programs: Programs, state: TrainState, batches: Callable[[int], dict], config: FitConfig, hooks: Hooks, *, start: int = 0,
-        rate: Callable[[int], float] = lambda step: 0.0) -> tuple[TrainState, int]:  # fmt: skip
+def updater(optimizer: optax.GradientTransformation) -> Callable:
+    """The compiled `(state, gradient of the sum, value) -> (state, metrics)`; state and gradient are donated."""
+    return jax.jit(partial(_update, optimizer), donate_argnums=(0, 1))
+
+
+def fit(programs: Programs, optimizer: optax.GradientTransformation, state: TrainState, batches: Callable[[int], dict], config: FitConfig,
+        hooks: Hooks, *, start: int = 0) -> tuple[TrainState, int]:  # fmt: skip
     """Train from step `start` to `config.steps`; gives the state and the step that it stands at, fewer than asked after a signal.
 
     `batches(k)` is micro-batch k, a pure function, so the step number alone says where the data stands. SIGINT and SIGTERM save at the next
     step boundary and return; a second SIGINT raises KeyboardInterrupt at once. A step's metrics are read after the next one was dispatched.
     """
-    step, saved = start, hooks.clock()
+    step, saved, update = start, hooks.clock(), updater(optimizer)
     with _stop_signals() as stopped, _Metrics(hooks, start) as log, progress(hooks.title, config.steps, "steps") as show:
         show(start)
         while step < config.steps and not stopped.is_set():
             micro = [batches(step * config.accumulate + i) for i in range(config.accumulate)]
-            state, metrics = programs.step(state, [jax.device_put(batch) for batch in micro])
+            value, grads = programs.accumulated(state.params, [jax.device_put(batch) for batch in micro])
+            state, metrics = update(state, grads, value)
+            del grads  # donated
             log.read()
-            log.defer({"step": step, "lr": float(rate(step)), "tokens": sum(int((b["segments"] > 0).sum()) for b in micro),
+            log.defer({"step": step, "lr": hooks.rate(step), "tokens": sum(int((b["segments"] > 0).sum()) for b in micro),
                        "supervised": sum(int(b["weights"].sum()) for b in micro)}, metrics)  # fmt: skip
             step += 1
             if step < config.steps and hooks.clock() - saved >= 60 * config.checkpoint_minutes:
@@ -131,7 +133,7 @@ class _Metrics:
         temporary = hooks.metrics.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         os.replace(temporary, hooks.metrics)
-        self.file = open(hooks.metrics, "a", encoding="utf-8")
+        self.file = hooks.metrics.open("a", encoding="utf-8")
         self.last = self.clock()
 
     def __enter__(self):

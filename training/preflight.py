@@ -23,7 +23,7 @@ def check_rows(template: Template, rows: list[dict]) -> None:
         unknown += not row["template_hash"]
         if row["template_hash"] and row["template_hash"] != template.hash:
             raise UserError(
-                f"made for template {row['template_hash'][:12]}, but this model's template is {template.hash[:12]} (other control ids or tool specs)",
+                f"made for template {row['template_hash'][:12]}, not this model's {template.hash[:12]} (other control ids or tool specs)",
                 where=f"row {row['id']}", fix="Export the data again for this model.")  # fmt: skip
     if unknown:
         console.print(f"warning: {unknown} of {len(rows)} rows don't say for which template they were made")
@@ -108,9 +108,8 @@ def coloured(template: Template, item: Example) -> Text:
     text, start = Text(), 0
     edges = [*(np.flatnonzero(np.diff(item.mask)) + 1), len(item.ids)]
     for end in edges:
-        run = b"".join(
-            template.token[i].encode() if i in template.token else template.tokenizer.decode_bytes([i]) for i in map(int, item.ids[start:end])
-        )
+        ids = item.ids[start:end].tolist()
+        run = b"".join(template.token[i].encode() if i in template.token else template.tokenizer.decode_bytes([i]) for i in ids)
         text.append_text(plain(run.decode("utf-8", "replace"), style="green" if item.mask[start] else "dim"))
         start = end
     return text

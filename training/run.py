@@ -94,7 +94,7 @@ def data_hash(packed: Packed) -> str:
     return digest.hexdigest()
 
 
-def train(this: Setup, packed: Packed, loss: Callable, batches: Callable[[int], dict], identity: dict, meta: dict) -> int:
+def train(this: Setup, packed: Packed, programs: Programs, batches: Callable[[int], dict], identity: dict, meta: dict) -> int:
     """Train, or go on with a run that was stopped; afterwards `directory` is a model that `load_model` reads. Gives the exit code.
 
     Raises:
@@ -114,9 +114,11 @@ def train(this: Setup, packed: Packed, loss: Callable, batches: Callable[[int], 
         start, items = checkpoint.restore(out, vars(state))
         state = TrainState(**items)
         console.print(f"going on at step {start} of {steps}")
-    hooks = Hooks(lambda step, now: checkpoint.save(out, step, vars(now), keep=1), out / "metrics.jsonl", out.name)
-    fit_config = FitConfig(steps, config.accumulate, config.checkpoint_minutes)
-    state, step = fit(Programs(graph, loss, optimizer), state, batches, fit_config, hooks, start=start, rate=schedule(config.optim, steps))
+    rate, limits = schedule(config.optim, steps), FitConfig(steps, config.accumulate, config.checkpoint_minutes)
+    hooks = Hooks(
+        save=lambda step, now: checkpoint.save(out, step, vars(now), keep=1),
+        metrics=out / "metrics.jsonl", rate=lambda step: float(rate(step)), title=out.name)  # fmt: skip
+    state, step = fit(programs, optimizer, state, batches, limits, hooks, start=start)
     if step < steps:
         console.print(f"stopped at step {step} of {steps}. Go on with: {this.command}")
         return 130
@@ -130,7 +132,9 @@ def _check_identity(directory: Path, identity: dict) -> None:
     if path.exists():
         before = read_json(path)
         if changed := sorted(key for key in identity | before if identity.get(key) != before.get(key)):
-            raise UserError(f"holds a run with other {', '.join(changed)}", where=directory, fix="Choose another --out, or delete that directory.")
+            raise UserError(
+                f"holds a run with other {', '.join(changed)}", where=directory, fix="Choose another --out, or delete that directory."
+            )
     write_json(path, identity)
 
 

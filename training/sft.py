@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
+from flax import nnx
 
 from training import losses, preflight
 from training.data import Packed, example, load_rows
+from training.fit import Programs
 from training.run import TrainConfig, identity_of, setup, train
 
 
@@ -33,4 +35,6 @@ def main(config: Config) -> int:
         preflight.check_example(this.template, item, this.vocab_size)
     packed = Packed.build(items, config.train.length, config.train.batch_rows, config.train.seed)
     preflight.summary(packed, this.template, "SFT", this.steps(packed))
-    return train(this, packed, losses.sft, packed.batch, identity_of(this, packed, {}), {"stage": "sft", "soul_hash": rows[0]["soul_hash"]})
+    graph, _ = nnx.split(this.loaded.model)
+    meta = {"stage": "sft", "soul_hash": rows[0]["soul_hash"]}
+    return train(this, packed, Programs(graph, losses.sft), packed.batch, identity_of(this, packed, {}), meta)

@@ -144,6 +144,14 @@ def test_reply_cut_in_the_middle_of_a_character(scripted, capsys):
     assert transcript(scripted)[-1]["status"] == "cut"
 
 
+def test_call_cut_by_max_new_is_malformed_and_never_runs(scripted):
+    ids = reply_ids(assistant("", tool_call("Bash", command="touch x; touch y")))
+    scripted.script += [ids] * 3
+    assert chat.main(replace(scripted.config, prompt="hi", yes=True, max_new=len(ids) - 5)) == 1
+    assert transcript(scripted)[-1]["status"] == "malformed"
+    assert list(scripted.config.root.iterdir()) == []
+
+
 def test_context_full(scripted):
     assert chat.main(replace(scripted.config, prompt="x" * 4000)) == 1
     assert scripted.asked == []

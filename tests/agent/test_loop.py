@@ -97,7 +97,7 @@ def test_wrong_calls_get_a_result_and_nobody_is_asked(ws, name, args, result):
 def test_text_cut_by_max_new_is_kept_but_a_cut_call_is_not(ws):
     messages, status = run(ws, Reply(assistant("and then"), ("<|assistant_end|> is missing",), cut=True))
     assert (messages[-1]["content"], status) == ("and then", Status.cut)
-    cut_call = Reply(call("Bash", command="rm"), ("call of Bash has no <|tool_call_end|>",), cut=True)
+    cut_call = Reply(call("Bash", command="rm"), ("call of Bash has no <|tool_call_end|>",))
     assert run(ws, cut_call, ask=lambda *_: pytest.fail("asked"))[1] == Status.malformed
 
 
