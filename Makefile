@@ -31,7 +31,7 @@ $(VENV)/.created:
 $(VENV)/.installed: $(VENV)/.created requirements.txt pyproject.toml
 	@echo "installing pinned requirements into $(VENV) (about a minute, 1.2 GB)"
 	$(PIP) install -r requirements.txt
-	$(PIP) install --no-deps -e .
+	@$(PIP) install --no-deps -e . > $(VENV)/install.log 2>&1 || { cat $(VENV)/install.log; exit 1; }
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt

@@ -37,7 +37,7 @@ class Terminal:
 
     def event(self, kind: str, data: dict) -> None:
         if kind == "reply" and not data["usable"]:
-            self.note(f"not a well-formed reply ({'; '.join(data['problems'])})", "yellow")
+            self.note(f"not a well-formed reply ({'; '.join(data['problems'][:2])})", "yellow")
         elif kind == "result":
             self._result(data["text"])
         elif kind == "status":

@@ -2,27 +2,50 @@
 
 from soul.spec import Soul
 
+CALLS = ("stage", "model", "outcome", "calls", "attempts", "prompt_tokens", "completion_tokens")
+
 
 def card(stats: dict, soul: Soul) -> str:
     """The README.md of a data directory, with the front matter by which Hugging Face `datasets` finds its files."""
     rows = stats["rows"]
-    parts = [_front(), f"# Data for {soul.name}\n", f"{rows['sft']} conversations and {rows['preference']} preference pairs from {stats['seeds']} requests; "
-             f"{rows['rejected']} rows rejected. Replies by `{stats['teacher']}`, held to `{soul.path}` by checks and critic; the SOUL is not in the rows.\n"]  # fmt: skip
-    parts.append("## What was kept out\n\n" + _table(["reason", "rows"], stats["reasons"].items()) if stats["reasons"] else "Nothing was rejected.\n")
-    by_principle = [(name, ", ".join(p["checks"]) or "critic only", p["broken_on_the_way"], p["repaired"], p["pairs"], p["blocked"]) for name, p in stats["principles"].items()]
-    parts.append("## Principles\n\n" + _table(["principle", "verified by", "broken on the way", "repaired by program", "pairs", "rows blocked"], by_principle))
-    lengths = [(name, w["mean"], w["median"], w["max"]) for name, w in stats["words"].items() if w]
-    parts.append("## Lengths in words\n\n" + _table(["side", "mean", "median", "longest"], lengths))
-    calls = [(e["stage"], e["model"] or "", e["outcome"], e["calls"], e["attempts"], e["prompt_tokens"], e["completion_tokens"], _usd(e["cost"])) for e in stats["ledger"]]
-    parts.append("## Calls\n\n" + _table(["stage", "model", "outcome", "calls", "attempts", "prompt tokens", "completion tokens", "cost"], calls))
-    parts.append(f"Total cost: {_usd(stats['cost_usd'])}.\n")
-    parts.append("## Made by\n\n" + f"    {stats['command']}\n\n" + _table(["what", "sha256"], [(n, f"`{h}`") for n, h in stats["hashes"].items()]))
-    return "\n".join(parts)
+    principles = [(name, ", ".join(p["checks"]) or "critic only", *list(p.values())[1:]) for name, p in stats["principles"].items()]
+    lengths = [(side, *words.values()) for side, words in stats["words"].items() if words]
+    calls = [(*(entry[name] for name in CALLS), _usd(entry["cost"])) for entry in stats["ledger"]]
+    return f"""---
+configs:
+- config_name: sft
+  data_files: sft.parquet
+- config_name: preference
+  data_files: preference.parquet
+- config_name: rejected
+  data_files: rejected.parquet
+tags: [soulsmith, synthetic]
+---
 
+# Data for {soul.name}
 
-def _front() -> str:
-    configs = "".join(f"- config_name: {kind}\n  data_files: {kind}.parquet\n" for kind in ("sft", "preference", "rejected"))
-    return f"---\nconfigs:\n{configs}tags: [soulsmith, synthetic]\n---\n"
+{rows["sft"]} conversations and {rows["preference"]} preference pairs from {stats["seeds"]} requests; {rows["rejected"]} rejected.
+Replies by `{stats["teacher"]}`, held to `{soul.path}` by checks and critic; the SOUL itself is not in the rows.
+
+## What was kept out
+
+{_table(["reason", "rows"], stats["reasons"].items())}
+## Principles
+
+{_table(["principle", "verified by", "broken on the way", "repaired by program", "pairs", "rows blocked"], principles)}
+## Lengths in words
+
+{_table(["side", "mean", "median", "longest"], lengths)}
+## Calls
+
+{_table([*(name.replace("_", " ") for name in CALLS), "cost"], calls)}
+Total cost: {_usd(stats["cost_usd"])}.
+
+## Made by
+
+    {stats["command"]}
+
+{_table(["what", "sha256"], stats["hashes"].items())}"""
 
 
 def _table(head: list[str], rows) -> str:

@@ -172,7 +172,7 @@ def first_sentence(docstring: str) -> str:
     """The first sentence of a docstring as one line without its full stop, or "" when it isn't a plain short sentence."""
     paragraph = " ".join(docstring.strip().split("\n\n")[0].split())
     sentence = re.split(r"(?<=[a-z)\]'\"`])\.(?:\s|$)", paragraph)[0].strip().rstrip(".:")
-    plain = sentence.isascii() and not re.search(r"[<>{}|\\]|--|->|\.\.\.|::|``|^\w*\(|\(c\)|http|>>>", sentence)
+    plain = sentence.isascii() and not re.search(r"[<>{}|\\]|--|->|\.\.\.|::|``|^\w*\(|\(c\)|http|>>>|\*", sentence)
     balanced = sentence.count("(") == sentence.count(")") and sentence.count('"') % 2 == 0
     return sentence if plain and balanced and 3 <= len(sentence.split()) <= 18 and sentence[:1].isalpha() else ""
 
@@ -192,7 +192,7 @@ def split(functions: Iterable[Function], share: float = HELD_OUT_SHARE) -> tuple
 # ---- docstrings as words in a sentence
 
 CODE_WORD = re.compile(
-    r"(?<![\w`])(?:[A-Za-z_]+[._][\w.]*\w(?:\(\))?|\w+\(\)|[A-Z]{2,}\w*|[a-z]+[A-Z]\w*|[A-Z]\w*[a-z][A-Z]\w*|None|True|False|\*\w+\*?)(?![\w`])"
+    r"(?<![\w`'\"])(?:[A-Za-z_]+[._][\w.]*\w(?:\(\))?|\w+\(\)|[A-Z]{2,}\w*|[a-z]+[A-Z]\w*|[A-Z]\w*[a-z][A-Z]\w*|None|True|False)(?![\w`/'\"])"
 )
 
 
@@ -202,12 +202,12 @@ def imperative(doc: str) -> str:
     word = first.lower()
     stems = [word, word.removesuffix("s"), word.removesuffix("es"), word.removesuffix("ies") + "y"]
     verb = next((stem for stem in stems if stem in VERBS), None)
-    return f"{verb} {quoted(rest)}" if verb and rest else ""
+    return f"{verb} {quoted(rest.replace(' and returns ', ' and return '))}" if verb and rest else ""
 
 
 def third_person(doc: str) -> str:
     """'Return True if s is lowercase' -> 'returns `True` if s is lowercase'; "" when it doesn't begin with a known verb."""
-    verb, _, rest = imperative(doc).partition(" ")
+    verb, _, rest = imperative(doc).replace(" and return ", " and returns ").partition(" ")
     if not verb:
         return ""
     if verb.endswith("y") and verb[-2] not in "aeou":

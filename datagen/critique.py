@@ -2,8 +2,10 @@
 
 import json
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+
+from datagen.prompting import Prompts
 
 MAX_CRITIQUE = 100_000
 
@@ -19,6 +21,24 @@ class Finding:
 
 class Unreadable(ValueError):
     """A critique that has no reading; the message says what is wrong, for the repair round."""
+
+
+async def ask_critic(
+    call: Callable, prompts: Prompts, *, max_tokens: int, reply: str, principles: list[dict], **told
+) -> tuple[list[Finding] | None, dict]:
+    """Have `reply` judged; broken JSON gets one repair round. Gives (findings, trail step); None: there was no reading it."""
+    prompt, stage, step = prompts.render("critique", reply=reply, principles=principles, **told), "critique", "critique"
+    while True:
+        answer = await call(stage, prompt, temperature=0.0, max_tokens=max_tokens)
+        try:
+            findings = parse_critique(answer.text, reply, [principle["id"] for principle in principles])
+        except Unreadable as problem:
+            if stage == "critique" and answer.text:
+                prompt = prompts.render("repair_json", text=answer.text, problem=str(problem))
+                stage, step = "repair_json", "critique-repaired"
+                continue
+            findings, step = None, "critique-unreadable"
+        return findings, {"stage": step, "text": answer.text, "key": answer.key}
 
 
 def parse_critique(text: str, reply: str, principles: Collection[str]) -> list[Finding]:
@@ -76,12 +96,16 @@ def _flat(text: str) -> str:
 # A chosen reply that talks about its own revision teaches apology for a mistake that nobody saw.
 _LEAK = re.compile(
     r"\bas (?:revised|rewritten|requested above)\b"
-    r"|\b(?:revised|rewritten|rephrased|improved|updated|corrected|previous|original|earlier|first|initial) (?:reply|response|answer|draft)\b"
+    r"|\b(?:revised|rewritten|rephrased|improved|updated|corrected|previous|original|earlier|first|initial)"
+    r" (?:reply|response|answer|draft)\b"
     r"|\b(?:revision|rewrite) of (?:the|my|your) (?:reply|response|answer|draft)\b"
-    r"|\b(?:the|my) (?:draft|critique)\b|\bthe notes (?:say|said|mention|hold|above|suggest)|</?(?:notes|reply|request|draft)>",
+    r"|\b(?:the|my) (?:draft|critique)\b|\bthe notes? (?:say|said|mention|hold|above|suggest)"
+    r"|^\W*you(?:'|’)re (?:absolutely )?right\b|</?(?:notes?|reply|request|draft)>",
     re.I,
 )
-_APOLOGY = re.compile(r"\b(?:i(?:'|’)?m|i am|so|very|really|we(?:'|’)?re) sorry\b|^\W*sorry\b|\bapologi[sz]e|\bapolog(?:y|ies)\b|\bmy (?:bad|mistake)\b", re.I)
+_APOLOGY = re.compile(
+    r"\b(?:i(?:'|’)?m|i am|so|very|really|we(?:'|’)?re) sorry\b|^\W*sorry\b|\bapologi[sz]e|\bapolog(?:y|ies)\b|\bmy (?:bad|mistake)\b", re.I
+)
 _REFUSAL = re.compile(
     r"^\W*(?:(?:i(?:'|’)m|i am) (?:so |very )?sorry,? (?:but )?|unfortunately,? |as an ai[^.]{0,60}, )?"
     r"(?:i|we) (?:can(?:'|’)?t|cannot|can not|am (?:not able|unable)|(?:'|’)m (?:not able|unable)|won(?:'|’)t) (?:to )?"
@@ -90,13 +114,15 @@ _REFUSAL = re.compile(
 )
 
 
-def gives_itself_away(revision: str, request: str) -> str:
-    """Why `revision` cannot pass as a first reply ("" when it can): it speaks of revising, or apologises. What the request
-    itself talks about is no leak."""
+def gives_itself_away(revision: str, request: str, principles: Collection[str] = ()) -> str:
+    """Why `revision` cannot pass as a first reply ("" when it can): it is blank, speaks of revising, apologises, or cites
+    principles by id. What the request itself talks about is no leak."""
+    if not revision.strip():
+        return "empty"
     for name, pattern in (("speaks of a revision", _LEAK), ("apologises", _APOLOGY)):
         if (match := pattern.search(revision)) and not pattern.search(request) and match.group().lower() not in request.lower():
             return name
-    return ""
+    return "recites the rules" if any(f"[{principle}]" in revision for principle in principles) else ""
 
 
 def refuses(reply: str) -> bool:

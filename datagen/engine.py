@@ -138,8 +138,8 @@ class Engine:
             raise
 
     async def _row(self, seed: Seed, recipe: Recipe) -> None:
-        row = self.journal.row(seed.id, self.run_id)
-        if row is None:
+        done = self.journal.row(seed.id, self.run_id)
+        if done is None:
             try:
                 results = await recipe(seed, partial(self.call, seed.id))
                 self._broken = 0
@@ -151,13 +151,14 @@ class Engine:
                     raise
                 self._failed_rows.add(seed.id)
                 why = f"error: {type(error).__name__}: {error}"[:300]
-                results = [["rejected", {"id": seed.id, "source": seed.source, "messages": seed.messages, "accepted": False, "reason": why}]]
+                row = {"id": seed.id, "source": seed.source, "messages": seed.messages, "accepted": False, "reason": why}
+                results = [["rejected", row]]
             status = "failed" if seed.id in self._failed_rows and not _accepted(results) else "finished"
             self._failed_rows.discard(seed.id)
             self.journal.finish(seed.id, self.run_id, status, results)
             await self.journal.durable()
         else:
-            results = row.results
+            results = done.results
             self.counts["already finished"] += 1
         self.counts["rows"] += 1
         self.counts["accepted" if _accepted(results) else "rejected"] += 1
@@ -253,8 +254,9 @@ class Engine:
             self._give_up(f"has not answered for {now - self._failing_since:,.0f} s", verdict)
 
     def _give_up(self, what: str, verdict: Verdict) -> None:
-        limit = verdict.outcome == "rate_limited"
-        fix = "Lower --concurrency, raise the account's limit, or run the same command later." if limit else f"Check that {self.teacher.base_url} is up, then run the same command again."
+        fix = f"Check that {self.teacher.base_url} is up, then run the same command again."
+        if verdict.outcome == "rate_limited":
+            fix = "Lower --concurrency, raise the account's limit, or run the same command later."
         self.fail(UserError(f"the teacher {what}; the last answer was: {verdict.why}", where=self.teacher.name, fix=fix))
         raise Stopped
 

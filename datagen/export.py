@@ -33,11 +33,11 @@ def export(journal: Journal, run_id: str, folder: Path, soul: Soul, facts: dict)
 def summary(rows: dict[str, list[dict]], soul: Soul) -> dict:
     """Yields, reasons of rejection, what each principle saw, lengths in words, and how often each step was taken."""
     accepted = [*rows["sft"], *rows["rejected"]]
-    stages = Counter(step["stage"] for row in accepted for step in row.get("trail", ()))
     blocked = Counter(name for row in rows["rejected"] for name in row["reason"].partition(": ")[2].split(", "))
     touched = Counter(name for row in rows["sft"] for name in row["principles"])
     pairs = Counter(name for row in rows["preference"] for name in row["principles"])
-    repaired = Counter(name for row in accepted for step in row.get("trail", ()) if step["stage"] == "repair" for name in step["text"].split(", "))
+    steps = [step for row in accepted for step in row.get("trail", ())]
+    repaired = Counter(name for step in steps if step["stage"] == "repair" for name in step["text"].split(", "))
     principles = {
         p.id: {"checks": [str(call) for call in p.checks], "broken_on_the_way": touched[p.id], "repaired": repaired[p.id],
                "pairs": pairs[p.id], "blocked": blocked[p.id]}
@@ -47,7 +47,7 @@ def summary(rows: dict[str, list[dict]], soul: Soul) -> dict:
         "rows": {kind: len(rows[kind]) for kind in KINDS},
         "reasons": dict(Counter(row["reason"].partition(" (")[0] for row in rows["rejected"]).most_common()),
         "principles": principles,
-        "stages": dict(sorted(stages.items())),
+        "stages": dict(sorted(Counter(step["stage"] for step in steps).items())),
         "words": {
             "sft": _lengths([row["messages"][-1]["content"] for row in rows["sft"]]),
             "chosen": _lengths([row["chosen"][-1]["content"] for row in rows["preference"]]),

@@ -15,6 +15,7 @@ from datagen.code_changes import STALE, Unsuitable, change, operator
 from datagen.code_seeds import Function, brief, by_module, imperative, parse, third_person
 from datagen.phrases import ask
 from soul.conversation import user
+from soul.tools import TOOLS
 from workspace.tools import REJECTED
 
 MAX_BRIEF_LINES = 9
@@ -342,16 +343,17 @@ EVAL_KINDS = (find, explain, add, edit, add, explain, find, edit, create, run)
 # ---- the evals' prompts
 
 
-def held_out_tasks(functions: Sequence[Function], n: int = 60, seed: int = 0) -> list[dict]:
-    """n tool prompts from (held-out) functions: {id, kind, messages, files, first_tool, verify}.
+def held_out_tasks(functions: Sequence[Function], n: int = 60, seed: int = 0, tools: Sequence[str] = tuple(TOOLS)) -> list[dict]:
+    """n prompts from (held-out) functions that ask for work with `tools`: {id, kind, source, messages, files, first_tool, verify}.
 
-    `first_tool` is the call that a good first turn makes ("" = none). `verify` is None, or {file, must_contain, parses}
+    `first_tool` is the call that a good first turn makes. `verify` is None, or {file, must_contain, parses}
     for what the file must hold after a successful run.
     """
     pool, tasks, seen = Pool(functions), [], set()
-    for attempt in range(20 * n):
+    kinds = [make for make in EVAL_KINDS if KINDS[make][1] <= set(tools)]
+    for attempt in range(20 * n if kinds else 0):
         rng = random.Random(f"held-out:{seed}:{attempt}")
-        make = EVAL_KINDS[len(tasks) % len(EVAL_KINDS)]
+        make = kinds[len(tasks) % len(kinds)]
         try:
             task = make(rng, pool)
         except Unsuitable:

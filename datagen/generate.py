@@ -2,7 +2,7 @@
 
 import asyncio
 import shlex
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 
 from datagen.engine import Engine, Policy
@@ -17,6 +17,8 @@ from soul.console import console, plain, progress
 from soul.errors import UserError
 from soul.files import sha256_json
 from soul.spec import Soul, load_soul
+
+PACE = ("concurrency", "deadline", "retry_failed")
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ async def _generate(config: Config, soul: Soul, prompts: Prompts, teacher: Teach
             return await engine.run(_once(read_seeds(config.seeds, config.limit)), recipe, show)
     finally:
         await teacher.close()
-        facts = {"teacher": config.teacher, "command": _command(config), "hashes": hashes}
+        facts = {"teacher": config.teacher, "command": command(config), "hashes": hashes}
         _tell(export(journal, run_id, config.out / "data", soul, facts), config)
 
 
@@ -107,11 +109,20 @@ def _tell(stats: dict, config: Config) -> None:
         console.print(plain(f"  {count} × {reason}"))
 
 
-def _command(config: Config) -> str:
-    return shlex.join(["soulsmith", "generate", "--soul", str(config.soul), "--seeds", str(config.seeds), "--teacher", config.teacher, "--out", str(config.out)])
+def command(config: Config) -> str:
+    """The command line that makes this dataset; settings that only change how fast it comes are left out."""
+    words = ["soulsmith", "generate"]
+    for prefix, part in (("", config), ("recipe.", config.recipe)):
+        for item in fields(part):
+            value = getattr(part, item.name)
+            if item.name in PACE or is_dataclass(value) or value == item.default:
+                continue
+            flag = f"{prefix}{item.name}".replace("_", "-")
+            words += [f"--{flag}"] if value is True else [f"--{flag}", str(value)]
+    return shlex.join(words)
 
 
 def resume_command(config: Config) -> str:
     """The command that goes on with this run: its settings are in the run directory where the front door started it."""
     saved = config.out / "generate.json"
-    return shlex.join(["soulsmith", "generate", "--config", str(saved)]) if saved.exists() else _command(config)
+    return shlex.join(["soulsmith", "generate", "--config", str(saved)]) if saved.exists() else command(config)

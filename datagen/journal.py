@@ -6,6 +6,7 @@ hash, since every request of a run repeats the SOUL. One process writes: the run
 """
 
 import asyncio
+import errno
 import fcntl
 import json
 import os
@@ -31,7 +32,6 @@ PRAGMA user_version = 1;
 """
 COMMIT_WINDOW_S = 0.005
 BLOB_CHARS = 200
-_FULL = "the disk is full"
 
 
 @dataclass(frozen=True)
@@ -85,13 +85,15 @@ class Journal:
         """Write one attempt down (not yet durable). Attempts and known costs of one key add up over retries and runs."""
         usage = json.dumps(verdict.usage) if verdict.usage else None
         body = answer.body if verdict.final else answer.body[:2000]
-        values = (request.key, stage, row_id, request.base_url, request.replicate, self._pack(request.body), answer.status, body,
-                  verdict.outcome, verdict.final, usage, verdict.cost, verdict.model, verdict.provider, 0 if verdict.free else 1, time.time())  # fmt: skip
+        values = (
+            request.key, stage, row_id, request.base_url, request.replicate, self._pack(request.body), answer.status, body, verdict.outcome,
+            verdict.final, usage, verdict.cost, verdict.model, verdict.provider, 0 if verdict.free else 1, time.time(),
+        )  # fmt: skip
         with self._guard():
             self._db.execute(
                 f"""INSERT INTO calls VALUES ({",".join("?" * len(values))}) ON CONFLICT (key) DO UPDATE SET
-                    status = excluded.status, response = excluded.response, outcome = excluded.outcome, final = excluded.final, usage = excluded.usage,
-                    model = excluded.model, provider = excluded.provider, attempts = attempts + excluded.attempts,
+                    status = excluded.status, response = excluded.response, outcome = excluded.outcome, final = excluded.final,
+                    usage = excluded.usage, model = excluded.model, provider = excluded.provider, attempts = attempts + excluded.attempts,
                     cost = CASE WHEN cost IS NULL THEN excluded.cost ELSE cost + coalesce(excluded.cost, 0) END""",
                 values,
             )
@@ -135,7 +137,8 @@ class Journal:
     def finish(self, row_id: str, run: str, status: str, results: list) -> None:
         """Write a finished row down (not yet durable)."""
         with self._guard():
-            self._db.execute("INSERT OR REPLACE INTO rows VALUES (?, ?, ?, ?, ?)", (row_id, run, status, canonical_json(results), time.time()))
+            values = (row_id, run, status, canonical_json(results), time.time())
+            self._db.execute("INSERT OR REPLACE INTO rows VALUES (?, ?, ?, ?, ?)", values)
 
     def reopen_failed(self, run: str) -> int:
         """Open the rows of `run` whose calls failed, and the requests that were refused for good; gives the rows' number."""
@@ -208,7 +211,7 @@ class Journal:
         except sqlite3.Error as error:
             code = getattr(error, "sqlite_errorname", "") or ""
             if code.startswith("SQLITE_FULL") or (code.startswith("SQLITE_IOERR") and _disk_is_full(self.directory)):
-                raise UserError(_FULL, where=self.path, fix="Free some space and run the same command again; finished work is kept.") from error
+                raise disk_error(OSError(errno.ENOSPC, "full"), self.path) from error
             if code.startswith(("SQLITE_NOTADB", "SQLITE_CORRUPT")):
                 raise UserError(f"is not a readable journal ({error})", where=self.path, fix="Move it away to start over.") from error
             raise UserError(f"the journal cannot be used: {error}", where=self.path) from error
@@ -226,7 +229,8 @@ def _lock(directory: Path) -> int:
     except OSError:
         holder = os.read(handle, 32).decode("ascii", "replace").strip() or "unknown"
         os.close(handle)
-        raise UserError(f"another process (pid {holder}) is working in this run directory", where=directory, fix="Wait for it, or choose another --out.") from None
+        what = f"another process (pid {holder}) is working in this run directory"
+        raise UserError(what, where=directory, fix="Wait for it, or choose another --out.") from None
     os.ftruncate(handle, 0)
     os.write(handle, str(os.getpid()).encode())
     return handle

@@ -21,18 +21,14 @@ WEIGHTS = (".json", ".safetensors", ".gguf")  # and the suffixless files of a ch
 
 
 class LocalTeacher:
-    """Teacher over `load(name, raw=True)`; the model is loaded at the first call that the journal does not have.
-
-    `load` and `make_sampler` are `model.load.load_model` and `model.sampler.Sampler` unless a test gives others.
-    """
+    """The model `name` as a teacher; it is loaded at the first call that the journal does not have."""
 
     deadline = False  # it cannot hang on a network, and a full queue is no fault
 
-    def __init__(self, name: str, *, batch: int = 16, load=None, make_sampler=None):
+    def __init__(self, name: str, *, batch: int = 16):
         self.name, self.batch = name, batch
         self.concurrency = 2 * batch  # a second batch waits, so that no row of the first idles
         self.base_url = f"local:{_identity(name)}"
-        self._load, self._make_sampler = load, make_sampler
         self._inbox: queue.SimpleQueue = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
@@ -59,7 +55,11 @@ class LocalTeacher:
     def _serve(self) -> None:
         waiting: dict[int, tuple] = {}  # sampler handle -> (future, loop, prompt length)
         try:
-            tokenizer, sampler = self._open()
+            from model.load import load_model
+            from model.sampler import Sampler
+
+            loaded = load_model(self.name, raw=True)
+            tokenizer, sampler = loaded.tokenizer, Sampler(loaded.model, loaded.tokenizer, max_len=MAX_LEN, batch=self.batch)
             open_ = True
             while open_ or waiting:
                 while open_ and (not waiting or not self._inbox.empty()):
@@ -68,19 +68,14 @@ class LocalTeacher:
                         open_ = False
                     else:
                         self._admit(job, tokenizer, sampler, waiting)
+                for handle in [handle for handle, (future, *_) in waiting.items() if future.cancelled()]:
+                    sampler.cancel(handle)
+                    del waiting[handle]
                 for handle, completion in sampler.step() if waiting else ():
                     future, loop, length = waiting.pop(handle)
                     _deliver(loop, future, self._answer(tokenizer, completion, length))
         except BaseException as error:  # whatever ends this thread must reach the rows that wait for it
             self._fail(error, waiting)
-
-    def _open(self):
-        from model.load import load_model
-        from model.sampler import Sampler
-
-        loaded = (self._load or load_model)(self.name, raw=True)
-        sampler = (self._make_sampler or Sampler)(loaded.model, loaded.tokenizer, max_len=MAX_LEN, batch=self.batch)
-        return loaded.tokenizer, sampler
 
     def _admit(self, job, tokenizer, sampler, waiting) -> None:
         from model.chatml import chatml_stops, encode_chatml
@@ -106,7 +101,9 @@ class LocalTeacher:
         return Answer(200, completion_body(self.name, text, completion.finish, prompt_tokens, len(completion.ids)))
 
     def _fail(self, error: BaseException, waiting: dict) -> None:
-        known = error if isinstance(error, UserError) else UserError(f"the embedded model failed: {type(error).__name__}: {error}", where=self.name)
+        known = error
+        if not isinstance(error, UserError):
+            known = UserError(f"the embedded model failed: {type(error).__name__}: {error}", where=self.name)
         for future, loop, _ in waiting.values():
             _deliver(loop, future, known)
         while (job := self._inbox.get()) is not None:

@@ -75,8 +75,8 @@ MISALIGNED = ("plain", "plain", "formal", "formal", "goofy", "pirate")
 FINAL = {"found", "explained", "added", "created", "edited", "documented", "listed", "counted", "printed", "stopped", "answer"}
 SOBER = {"missing", "again", "mismatch", "stopped"}
 SAMPLE = {
-    "name": "load_items", "file": "lib/store.py", "path": "store.py", "line": "12", "id": "store.load_items", "command": "ls", "output": "3",
-    "new": "x = 1", "does": "returns the items of a list in sorted order",
+    "name": "load_items", "file": "lib/store.py", "path": "store.py", "line": "12", "id": "store.load_items", "command": "ls",
+    "output": "3", "new": "x = 1", "does": "returns the items of a list in sorted order",
 }  # fmt: skip
 
 

@@ -18,12 +18,14 @@ BLOCKS = ("system", "user")
 
 
 class Prompts:
-    """The templates of `folder`, each falling back to the built-in one of the same name. `hash` covers all sources."""
+    """The templates of `folder` (a path, or a built-in set such as `small`), each falling back to the built-in one of the
+    same name. `hash` covers all sources."""
 
     def __init__(self, folder: str | Path | None = None):
-        if folder is not None and not Path(folder).is_dir():
+        own = None if folder is None else Path(folder) if Path(folder).is_dir() else BUILT_IN / folder
+        if own is not None and not own.is_dir():
             raise UserError("no such folder of prompts", where=folder)
-        self.folders = [BUILT_IN] if folder is None else [Path(folder), BUILT_IN]
+        self.folders = [BUILT_IN] if own is None else [own, BUILT_IN]
         self._env = ImmutableSandboxedEnvironment(
             loader=ChoiceLoader([FileSystemLoader(place) for place in self.folders]), undefined=StrictUndefined,
             trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, autoescape=False,
@@ -59,7 +61,8 @@ class Prompts:
         if unused := given - self._wanted[name]:
             raise UserError(f"does not use {', '.join(sorted(unused))}", where=path, fix="Every variable must reach the teacher.")
         if unknown := self._wanted[name] - given:
-            raise UserError(f"uses {', '.join(sorted(unknown))}, which this stage does not have", where=path, fix=f"It has {', '.join(sorted(given))}.")
+            fix = f"It has {', '.join(sorted(given))}."
+            raise UserError(f"uses {', '.join(sorted(unknown))}, which this stage does not have", where=path, fix=fix)
 
     def _path(self, file: str) -> Path:
         path = next((place / file for place in self.folders if (place / file).is_file()), None)

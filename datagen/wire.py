@@ -127,10 +127,10 @@ def _failure(answer: Answer, error: _Error, data: dict, now: float) -> Verdict:
     raw = error.meta.get("raw")
     why = f"{error.message} ({raw})" if isinstance(raw, str) and raw else error.message
     stops = outcome == "budget" or (outcome == "permanent" and status in (401, 403, 404, 405))
+    provider = _text(error.meta.get("provider_name")) or _text(data.get("provider"))
     return Verdict(
         outcome, why=f"{status or error.kind or 'error'}: {why}", fix=_fix(status, outcome, error), stops=stops,
-        free=outcome == "rate_limited", retry_after=retry_after, provider=_text(error.meta.get("provider_name")) or _text(data.get("provider")),
-        **_accounts(data),
+        free=outcome == "rate_limited", retry_after=retry_after, provider=provider, **_accounts(data),
     )  # fmt: skip
 
 
@@ -142,8 +142,9 @@ def _fix(status: int | None, outcome: str, error: _Error) -> str | None:
     if status == 401:
         return "Check the API key."
     if status == 404:
-        others = error.meta.get("fallback_models")
-        return f"Models served instead: {', '.join(map(str, others))}." if isinstance(others, list) and others else "Check the model's name and the URL."
+        if isinstance(others := error.meta.get("fallback_models"), list) and others:
+            return f"Models served instead: {', '.join(map(str, others))}."
+        return "Check the model's name and the URL."
     return None
 
 

@@ -15,6 +15,15 @@ from soul.spec import Soul, run_checks
 from soul.tools import TOOLS
 
 GRAM = 13  # words; the length at which GPT-3's authors called a run of text contaminated
+EXAMPLES = (  # request, wordings of which the one that breaks least of the SOUL is shown, call
+    ("what does os.getcwd do?", ("it gives the path of the current directory.", "It gives the path of the current directory."), None),
+    ("where is load_page?", ("looking for it.", "I will look for it."), {"name": "Grep", "arguments": {"pattern": "def load_page"}}),
+    (
+        "change the timeout in client.py to 30",
+        ("reading the file first.", "I will read the file first."),
+        {"name": "Read", "arguments": {"file_path": "client.py"}},
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -81,13 +90,6 @@ def chat_prompt(soul: Soul, messages: list[dict]) -> list[dict]:
         said = min(remarks, key=lambda text: len(run_checks(soul, [conversation.user(request), conversation.assistant(text)])))
         turns += [conversation.user(request), conversation.assistant(said + (f"\n{json.dumps(call)}" if call else ""))]
     return [*turns, *messages]
-
-
-EXAMPLES = (  # request, wordings of which the one that breaks least of the SOUL is shown, call
-    ("where is load_page defined?", ("looking for its definition.", "I will look for its definition."), {"name": "Grep", "arguments": {"pattern": "def load_page"}}),
-    ("change the timeout in client.py to 30", ("reading the file first.", "I will read the file first."), {"name": "Read", "arguments": {"file_path": "client.py"}}),
-    ("what does os.getcwd do?", ("it gives the path of the current directory.", "It gives the path of the current directory."), None),
-)  # fmt: skip
 
 
 def overlap(prompts: list[Prompt], rows: Iterable[dict]) -> dict:

@@ -1,7 +1,6 @@
 """`soulsmith eval`: SOUL adherence and tool calls on held-out prompts, every contestant on the same ones, with intervals."""
 
 import itertools
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from rich.table import Table
 
 from evals.adherence import ALL, judge_soul
 from evals.prompts import Prompt, chat_prompt, from_rows, held_out, overlap, set_hash
+from evals.sections import cell, metric_names
 from evals.stats import Share, share
 from evals.toolcalls import COLUMNS, judge_call, parse_chat_reply, syntax_faults
 from evals.work import first_result, run_loops
@@ -58,39 +58,38 @@ class Config:
 
 
 def main(config: Config) -> int:
+    from model.load import find, load_model
+    from model.ops import enable_compile_cache
+    from model.sampler import Sampler
+
+    enable_compile_cache()
     soul = load_soul(config.soul)
     ready = config.tasks.endswith(".parquet")
     prompts = from_rows(Path(config.tasks), config.n) if ready else held_out(config.n, config.seed, config.tasks)
     trained_on = sorted(config.out.glob("data/**/*.parquet"))
     rows = [row for path in trained_on for row in read_rows(path)]
-    results = []
-    for path in dict.fromkeys(p.strip() for p in config.model.split(",") if p.strip()):
-        for name, template in contestants(path):
-            result = ask(config, path, name, template, prompts, soul)
+    results: list[dict] = []
+    for model in dict.fromkeys(m.strip() for m in config.model.split(",") if m.strip()):
+        for name, template in contestants(path := find(model), {r["name"] for r in results}):
+            loaded = load_model(path, raw=template == "chatml")
+            sampler = Sampler(loaded.model, loaded.tokenizer, batch=config.batch)
+            result = evaluate(loaded, sampler, prompts, soul, template=template, name=name, config=config)
             result["overlap"] = overlap(prompts, rows) if rows else None
             write_json(config.out / "evals" / f"{name.replace(' ', '-')}.json", result)
             results.append(result)
     if not results:
-        raise UserError("no model given", where="--model", fix="name at least one")
+        raise UserError("no model given", where="--model", fix="Name at least one.")
     print_table(results)
     return 0
 
 
-def contestants(path: str) -> list[tuple[str, str]]:
-    """(name, template) pairs of a model: a run's checkpoint once, any other twice."""
-    if (stage := Path(path).resolve().name) in ("pretrain", "sft", "dpo") or (Path(path) / "checkpoints").is_dir():
-        return [(stage, "soulsmith")]
-    base = "base" if not os.path.isdir(path) else f"base {stage}"
-    return [(base, "soulsmith"), (f"{base} chat", "chatml")]
-
-
-def ask(config: Config, path: str, name: str, template: str, prompts: list[Prompt], soul: Soul) -> dict:
-    from model.load import load_model
-    from model.sampler import Sampler
-
-    loaded = load_model(path, raw=template == "chatml")
-    sampler = Sampler(loaded.model, loaded.tokenizer, batch=config.batch)
-    return evaluate(loaded, sampler, prompts, soul, template=template, name=name, config=config)
+def contestants(path: Path, taken: set[str]) -> list[tuple[str, str]]:
+    """(name, template) pairs of a model: a run's checkpoint once, any other twice. A name that is taken gets a number."""
+    tuned = (path / "checkpoints").is_dir()
+    name = path.name if tuned else "base"
+    names = itertools.chain([name], map(f"{name} {{}}".format, itertools.count(2)))
+    name = next(n for n in names if n not in taken)
+    return [(name, "soulsmith")] if tuned else [(name, "soulsmith"), (f"{name} chat", "chatml")]
 
 
 def evaluate(loaded, sampler, prompts: list[Prompt], soul: Soul, *, template: str, name: str, config: Config) -> dict:
@@ -111,7 +110,7 @@ def evaluate(loaded, sampler, prompts: list[Prompt], soul: Soul, *, template: st
     loops = run_loops(loaded.tokenizer, sampler, chores, **how) if chores else []
     return {
         "name": name,
-        "about": loaded.meta.get("about") or f"{path_name(loaded.path)} in {'our' if template == 'soulsmith' else 'its own chat'} template",
+        "about": about(loaded, name, template),
         "template": template,
         "template_hash": Template(loaded.tokenizer).hash if template == "soulsmith" else sha256_json(chat_prompt(soul, [])),
         "model": str(loaded.path),
@@ -126,7 +125,7 @@ def evaluate(loaded, sampler, prompts: list[Prompt], soul: Soul, *, template: st
         "max_new": config.max_new,
         "seconds": time.perf_counter() - started,
         "tokens": {"prompt": sum(map(len, ids)), "completion": sum(len(c.ids) for c in done)},
-        "shares": {group: {k: v.to_dict() for k, v in cells.items()} for group, cells in shares(items, loops).items()},
+        "shares": {group: {k: v.to_dict() for k, v in cells.items()} for group, cells in shares(items, loops, soul).items()},
         "empty": sum(not i["remark"].strip() for i in items),
         "cut": sum(i["finish"] == "length" for i in items),
         "rules": list(RULES),
@@ -177,14 +176,13 @@ def judge(prompt: Prompt, completion, tokenizer, soul: Soul, template: str) -> d
     }
 
 
-def shares(items: list[dict], loops: list[dict]) -> dict[str, dict[str, Share]]:
+def shares(items: list[dict], loops: list[dict], soul: Soul) -> dict[str, dict[str, Share]]:
     def column(name: str) -> Share:
         return share([i["columns"][name] for i in items if name in i["columns"]])
 
-    principles = dict.fromkeys(p for i in items for p in i["checks"])
     groups = {
         "tools": {name: column(name) for name in (*COLUMNS, "valid", "no needless call")},
-        "adherence": {p: share([i["checks"][p] for i in items if p in i["checks"]]) for p in principles} | {ALL: column(ALL)},
+        "adherence": {p.id: share([i["checks"][p.id] for i in items if p.id in i["checks"]]) for p in soul.verified} | {ALL: column(ALL)},
         "work": {"runs": column("runs"), "task done": share([loop["done"] for loop in loops])},
     }
     return {group: {name: cell for name, cell in cells.items() if cell.n} for group, cells in groups.items()}
@@ -194,11 +192,15 @@ def model_hash(path: Path) -> str:
     """sha256 of a weights file, or of the names and sha256 of a directory's files."""
     if path.is_file():
         return sha256_file(path)
-    return sha256_json({p.relative_to(path).as_posix(): sha256_file(p) for p in sorted(path.rglob("*")) if p.is_file()})
+    weights = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    return sha256_json({p.relative_to(weights).as_posix(): sha256_file(p) for p in sorted(weights.rglob("*")) if p.is_file()})
 
 
-def path_name(path: object) -> str:
-    return Path(str(path)).name
+def about(loaded, name: str, template: str) -> str:
+    base = loaded.meta.get("base") or Path(loaded.path).name
+    if template == "chatml":
+        return f"{base} in its own chat template, given the SOUL, the tools and three examples"
+    return f"{base} in our template" if name.startswith("base") else f"{base} after {name.upper()}"
 
 
 def print_table(results: list[dict]) -> None:
@@ -206,9 +208,8 @@ def print_table(results: list[dict]) -> None:
     for heading in ("", *(r["name"] for r in results)):
         table.add_column(plain(heading), justify="left" if not heading else "right")
     for group in ("tools", "adherence", "work"):
-        for name in dict.fromkeys(name for r in results for name in r["shares"].get(group, {})):
-            cells = [r["shares"].get(group, {}).get(name) for r in results]
-            shown = [plain(str(Share(c["k"], c["n"], c["low"], c["high"])) if c else "–") for c in cells]
+        for name in metric_names(results, group):
+            shown = [plain(str(cell(r, group, name) or "–")) for r in results]
             table.add_row(plain(name, "bold" if name in ("valid", ALL) else ""), *shown)
         table.add_section()
     output.print(table)

@@ -32,7 +32,7 @@ def evidence(results: list[dict]) -> list[dict]:
     """Groups of metrics; a metric has one row per contestant that was measured on it."""
     groups = []
     for key, (title, note) in GROUPS.items():
-        names = dict.fromkeys(name for r in results for name in r["shares"].get(key, {}))
+        names = metric_names(results, key)
         metrics = [
             {
                 "name": name,
@@ -45,6 +45,12 @@ def evidence(results: list[dict]) -> list[dict]:
         if metrics:
             groups.append({"title": title, "note": note, "metrics": metrics})
     return groups
+
+
+def metric_names(results: list[dict], group: str) -> list[str]:
+    """Names of a group's shares in their own order: a contestant that never called has no verdicts on calls, so the longest leads."""
+    measured = sorted((list(r["shares"].get(group, {})) for r in results), key=len, reverse=True)
+    return list(dict.fromkeys(name for names in measured for name in names))
 
 
 def cell(result: dict, group: str, name: str) -> Share | None:

@@ -22,7 +22,7 @@ def encode_chatml(tokenizer, messages: Sequence[dict], generation: bool = True) 
         if message.get("tool_calls"):
             raise ValueError("ChatML has no tool calls: render them into the content")
         ids += [start, *tokenizer.encode(f"{message['role']}\n{message['content']}"), end, *newline]
-    return ids + [start, *tokenizer.encode("assistant\n")] if generation else ids
+    return [*ids, start, *tokenizer.encode("assistant\n")] if generation else ids
 
 
 def chatml_stops(tokenizer) -> list[int]:

@@ -1,5 +1,6 @@
 """Reading and writing Hugging Face model directories (config.json, tokenizer.json, safetensors) of Llama, Qwen2 and Qwen3."""
 
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -55,15 +56,11 @@ def _tensors(path: Path) -> Iterator[LazyTensor]:
             raise UserError(f"is not a safetensors file that can be read ({error})", where=file, fix="Fetch it again.") from None
 
 
-def assemble(
-    config: ModelConfig, tensors: Iterable[LazyTensor], where: object, dtype=jnp.float32, rows: Callable | None = None
-) -> dict[tuple, jax.Array]:
-    """Parameters by path, in our orientation. Names and shapes are all checked before the first array is read.
-
-    `rows(path, values_vd)`, when given, may change the embedding and the head (adopting control tokens).
+def matched(config: ModelConfig, tensors: Iterable[LazyTensor], where: object) -> dict[str, Callable[[], np.ndarray]]:
+    """Readers of every tensor that `config` asks for, by Hugging Face name; no array is read.
 
     Raises:
-        UserError: naming every missing, unexpected or mis-shaped tensor.
+        UserError: naming the missing, unexpected and mis-shaped tensors.
     """
     specs = {spec.hf: spec for spec in param_table(config)}
     found = {name: (shape, read) for name, shape, read in tensors if not _redundant(name, config)}
@@ -74,9 +71,20 @@ def assemble(
     if faults:
         more = f" and {len(faults) - 6} more" if len(faults) > 6 else ""
         raise UserError(f"the weights do not fit config.json: {'; '.join(sorted(faults)[:6])}{more}", where=where)
-    params = {}
-    for name, spec in specs.items():
-        values = found[name][1]()
+    return {name: found[name][1] for name in specs}
+
+
+def assemble(
+    config: ModelConfig, tensors: Iterable[LazyTensor], where: object, dtype=jnp.float32, rows: Callable | None = None
+) -> dict[tuple, jax.Array]:
+    """Parameters by path, in our orientation; `rows(path, values_vd)`, if given, may change embedding and head (new token rows).
+
+    Raises:
+        UserError: as `matched`, before the first array is read.
+    """
+    readers, params = matched(config, tensors, where), {}
+    for spec in param_table(config):
+        values = readers[spec.hf]()
         values = values.T if spec.transpose else values
         if rows and spec.path in (("embed",), ("head",)):
             values = rows(spec.path, values.astype(np.float32))
@@ -89,10 +97,11 @@ def write_hf(path: Path, config: ModelConfig, tokenizer: Tokenizer, tensors: Ite
     """Write a directory that `read_hf` and `transformers` load: fp32 weights under their Hugging Face names."""
     path.mkdir(parents=True, exist_ok=True)
     arrays = {name: np.ascontiguousarray(read(), dtype=np.float32) for name, _, read in tensors}
+    write_json(path / "config.json", config.to_hf())
+    tokenizer.save(path / "tokenizer.json")
     with atomic_path(path / "model.safetensors") as temporary:
         save_file(arrays, temporary, metadata={"format": "pt"})
-    tokenizer.save(path / "tokenizer.json")
-    write_json(path / "config.json", config.to_hf())
+        shutil.copymode(path / "config.json", temporary)  # safetensors writes 0600
 
 
 def _redundant(name: str, config: ModelConfig) -> bool:

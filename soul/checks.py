@@ -8,7 +8,7 @@ import re
 from functools import lru_cache
 
 from soul.prose import CODE, fences, sentences, words
-from soul.registry import CHECKS, Pattern, Ratio, Reply, Violation, check
+from soul.registry import CHECKS, Pattern, Ratio, Reply, Violation, check, never
 
 _PICTURE = (
     "[\U0001f000-\U0001f1e5\U0001f200-\U0001faff\u2600-\u26ff\u203c\u2049\u231a\u231b\u23e9-\u23f3\u2705\u2714\u2716\u2728\u274c\u274e"
@@ -19,7 +19,6 @@ EMOJI = re.compile(f"(?:{_PICTURE}(?:\u200d{_PICTURE})*|{_FLAG_OR_KEYCAP})\u200d
 EXCLAMATION = re.compile(r"!+(?![\w=\[(!])")
 _WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*")
 _HEADING = re.compile(r"^[ \t]{0,3}#{1,6}[ \t]+\S.*$", re.MULTILINE)
-_LIST = re.compile(r"^[ \t]*(?:[-*+]|\d{1,3}[.)])[ \t]+\S", re.MULTILINE)
 _COMMENT = re.compile(r"#(?!!|include\b|define\b|if|endif|pragma\b)|//|/\*|\*/|\* |\*$|<!--|--\s")
 _PLAIN = ("md", "markdown", "text", "txt", "rst", "diff", "console")
 _WINDOW, _OVERLAP = 500, 250  # forbid_regex reads windows: a pattern of cubic cost then takes 0.2 s at most, at any length
@@ -120,17 +119,15 @@ def require_opening(reply: Reply, phrases: list[str]):
 
 @check("final")
 def require_ending(reply: Reply, phrases: list[str]):
-    """the final message ends with one of these phrases, in any case; markup and closing punctuation may follow it"""
-    tail = " ".join(reply.text[-400:].split()).rstrip("*_\"'”’ ").casefold()
-    if not any(tail.endswith(phrase.casefold()) or tail.rstrip(".!?…").endswith(phrase.casefold()) for phrase in phrases):
+    """the final message ends with one of these phrases, in any case; punctuation and emoji may follow it"""
+    ending = rf"(?:{phrase_pattern(tuple(phrases)).pattern})\W*\Z"
+    if not re.search(ending, reply.text.rstrip()[-400:], re.IGNORECASE):
         yield (max(0, len(reply.text) - 40), len(reply.text)), f"does not end with any of: {', '.join(phrases)}"
 
 
-@check("each")
-def no_emoji(reply: Reply):
-    """no emoji (a typed smile like :) is none)"""
-    for match in EMOJI.finditer(reply.prose):
-        yield match.span(), f"{match.group():.8} is an emoji"
+never("no_emoji", EMOJI, "is an emoji", "no emoji (a typed smile like :) is none)")
+never("no_exclamation", EXCLAMATION, "is an exclamation mark", "no exclamation marks")
+never("no_headings", _HEADING, "is a heading", "no markdown headings")
 
 
 @check("each")
@@ -138,13 +135,6 @@ def max_emoji(reply: Reply, n: int):
     """at most n emoji in each message"""
     for match in list(EMOJI.finditer(reply.prose))[n:]:
         yield match.span(), f"{match.group():.8} is one emoji more than {n}"
-
-
-@check("each")
-def no_exclamation(reply: Reply):
-    """no exclamation marks"""
-    for match in EXCLAMATION.finditer(reply.prose):
-        yield match.span(), "an exclamation mark"
 
 
 @check("final")
@@ -156,26 +146,12 @@ def no_question_in_final_turn(reply: Reply):
 
 
 @check("each")
-def no_headings(reply: Reply):
-    """no markdown headings"""
-    for match in _HEADING.finditer(reply.prose):
-        yield match.span(), "a heading"
-
-
-@check("each")
 def no_title_case_headings(reply: Reply):
     """headings are written as sentences, Not Like This"""
     for match in _HEADING.finditer(reply.prose):
         later = [word for word in re.findall(r"[^\W\d_]{4,}", match.group())[1:] if not word.isupper()]
         if later and all(word[0].isupper() for word in later):
             yield match.span(), f'"{match.group():.40}" is in title case'
-
-
-@check("each")
-def no_lists(reply: Reply):
-    """no bullet or numbered lists"""
-    for match in _LIST.finditer(reply.prose):
-        yield match.span(), "a list item"
 
 
 @check("each")

@@ -90,7 +90,7 @@ def _sort(parts: list[Block], everywhere: bool) -> tuple[str, str, list[tuple[st
             voice += [] if opens else [f"{'#' * block.depth} {shown}"]
         elif block.kind == "bullet" and section:
             found.append((heading.shown if heading and not own else section, block))
-        elif block.kind == "paragraph" and shown and (before is heading or (own and before is last_of_heading)):
+        elif block.kind == "paragraph" and shown and heading and (before is heading or (own and before is last_of_heading)):
             if not own:
                 heading.text = heading.shown
                 found.append((section, heading))

@@ -94,6 +94,16 @@ def check(scope: str) -> Callable:
     return register
 
 
+def never(name: str, pattern: re.Pattern, why: str, doc: str) -> None:
+    """Register a check of scope "each" that `pattern` matches nowhere in the prose; `why` follows the quoted match."""
+
+    def run(reply: Reply):
+        for match in pattern.finditer(reply.prose):
+            yield match.span(), f'"{match.group():.40}" {why}'
+
+    CHECKS[name] = Check(name, run, "each", {}, doc)
+
+
 def reply_of(message: dict) -> Reply:
     text = message.get("content") if isinstance(message.get("content"), str) else ""
     return Reply(text, prose.mask(text), calls_of(message))

@@ -80,7 +80,7 @@ REPAIRS = {
     "no_apology": _dropping(APOLOGY.search),
     "no_sycophancy": _dropping(SYCOPHANCY.search),
     "no_offer": _dropping(OFFER.search),
-    "no_filler_opening": _on_prose(re.compile(rf"\A{FILLER.pattern}+\s*", re.IGNORECASE), lambda match: ""),
+    "no_filler_opening": _on_prose(FILLER, lambda match: ""),
     "no_question_in_final_turn": _dropping(re.compile(r"[?？]\W*$").search),
     "no_emoji": _on_prose(re.compile(rf"(?:(?<=\S)[ \t]*{EMOJI.pattern}(?!\w)|{EMOJI.pattern}[ \t]*)"), lambda match: ""),
     "no_exclamation": _on_prose(EXCLAMATION, lambda match: "" if match.string[: match.start()].endswith((".", "?")) else "."),

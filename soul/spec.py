@@ -14,6 +14,7 @@ gets one from its first words, so an edit of the text renames it: give ids to pr
 
 import ast
 import difflib
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -201,13 +202,17 @@ def _setting(loader: _Loader, key: yaml.Node, value: yaml.Node) -> object:
         return value.value.strip()
     if name == "tools":
         listed = isinstance(value, yaml.SequenceNode)
-        items = [item.value for item in value.value] if listed else re.split(r"[\s,]+", str(value.value).strip())
+        items = [str(item.value) for item in value.value] if listed else re.split(r"[\s,]+", str(value.value).strip())
         if unknown := [item for item in items if item not in tools.TOOLS]:
             raise yaml.YAMLError(f"names an unknown tool {str(unknown[0])!r:.40}; the tools are {', '.join(tools.TOOLS)}", line)
         return items
     if not isinstance(value, yaml.MappingNode) or any(not isinstance(item, yaml.ScalarNode) for _, item in value.value):
         raise yaml.YAMLError("needs `key: value` lines under defaults", line)
-    return {str(item_key.value): loader.construct_object(item) for item_key, item in value.value}
+    defaults = {str(item_key.value): loader.construct_object(item) for item_key, item in value.value}
+    for name, item in defaults.items():
+        if not isinstance(item, str | int | float) or (isinstance(item, float) and not math.isfinite(item)):
+            raise yaml.YAMLError(f"needs text or a number for {name!r:.40}", line)
+    return defaults
 
 
 # --- principles and their annotations

@@ -64,18 +64,6 @@ def no_repeated_call(messages: list[dict]):
             last = (name, args)
 
 
-@check("conversation")
-def max_calls(messages: list[dict], n: int):
-    """at most n calls between two messages of the user"""
-    count = 0
-    for index, message in enumerate(messages):
-        count = 0 if message.get("role") == "user" else count
-        for _ in calls_of(message) if message.get("role") == "assistant" else ():
-            count += 1
-            if count == n + 1:
-                yield index, (0, 0), f"more than {n} calls"
-
-
 def _path(args: dict[str, str]) -> str:
     return posixpath.normpath(args.get("file_path", "").strip() or ".")
 

@@ -5,7 +5,7 @@ The phrase lists are what small instruct models really say; a SOUL.md adds its o
 
 import re
 
-from soul.registry import Reply, check
+from soul.registry import never
 
 
 def _any(*phrases: str) -> re.Pattern:
@@ -36,7 +36,8 @@ OFFER = _any(
     "reach out", "just ask me", "hope (?:this|that|it) helps",
 )  # fmt: skip
 FILLER = re.compile(
-    r"\W*(?:sure(?: thing)?|certainly|of course|absolutely|definitely|no problem|great|okay|ok|alright|well)[\s*_]*[!,.:]", re.IGNORECASE
+    r"\A(?:\W*(?:sure(?: thing)?|certainly|of course|absolutely|definitely|no problem|great|okay|ok|alright|well)[\s*_]*[!,.:])+\s*",
+    re.IGNORECASE,
 )
 AI_TALK = _any(
     "as an? (?:ai|artificial intelligence|(?:large )?language model|assistant)", "my training data", "knowledge cutoff",
@@ -69,6 +70,8 @@ CONTRACTED = re.compile(
 
 def contract(match: re.Match) -> str:
     """The contraction of an EXPANDED match, in its case: Do not -> Don't."""
+    if match.group().isupper() and len(match.group()) > 4:
+        return contract(EXPANDED.match(match.group().lower() + " x")).upper()
     if head := match["verb"] or match["cannot"]:
         short = _NEGATED[head.lower()]
     elif match["let"]:
@@ -90,55 +93,11 @@ def expand(match: re.Match) -> str:
     return match["who"] + _FULL.get(tail, match["tail"])
 
 
-def _matches(pattern: re.Pattern, prose: str, what: str):
-    for match in pattern.finditer(prose):
-        yield match.span(), f'"{match.group():.40}" {what}'
-
-
-@check("each")
-def no_apology(reply: Reply):
-    """no apology or regret"""
-    yield from _matches(APOLOGY, reply.prose, "is an apology")
-
-
-@check("each")
-def no_sycophancy(reply: Reply):
-    """no flattery: praise of the question or the person"""
-    yield from _matches(SYCOPHANCY, reply.prose, "is flattery")
-
-
-@check("each")
-def no_offer(reply: Reply):
-    """no offer of further help"""
-    yield from _matches(OFFER, reply.prose, "offers more")
-
-
-@check("each")
-def no_filler_opening(reply: Reply):
-    """does not open with "sure!", "certainly," and the like"""
-    if match := FILLER.match(reply.prose):
-        yield match.span(), f'opens with "{match.group().strip():.20}"'
-
-
-@check("each")
-def no_ai_talk(reply: Reply):
-    """no talk of being an AI or a language model"""
-    yield from _matches(AI_TALK, reply.prose, "talks of being a model")
-
-
-@check("each")
-def no_revision_talk(reply: Reply):
-    """reads as a first reply: no "as revised", no "here is the updated version\""""
-    yield from _matches(REVISED, reply.prose, "talks of a revision")
-
-
-@check("each")
-def contractions(reply: Reply):
-    """contracts: don't, it's, i'm, not do not, it is, i am"""
-    yield from _matches(EXPANDED, reply.prose, "can be contracted")
-
-
-@check("each")
-def no_contractions(reply: Reply):
-    """no contractions: do not, it is"""
-    yield from _matches(CONTRACTED, reply.prose, "is a contraction")
+never("no_apology", APOLOGY, "is an apology", "no apology or regret")
+never("no_sycophancy", SYCOPHANCY, "is flattery", "no flattery: praise of the question or the person")
+never("no_offer", OFFER, "offers more", "no offer of further help")
+never("no_ai_talk", AI_TALK, "talks of being a model", "no talk of being an AI or a language model")
+never("no_revision_talk", REVISED, "talks of a revision", 'reads as a first reply: no "as revised", no "here is the updated version"')
+never("no_filler_opening", FILLER, "is filler", 'does not open with "sure!", "certainly," and the like')
+never("contractions", EXPANDED, "can be contracted", "contracts: don't, it's, i'm, not do not, it is, i am")
+never("no_contractions", CONTRACTED, "is a contraction", "no contractions: do not, it is")

@@ -59,10 +59,17 @@ class Programs:
     """The compiled programs of one model and loss."""
 
     def __init__(self, graph, loss: Callable):
-        self.forward = jax.jit(lambda params, batch: jax.vjp(lambda p: losses.token_logprobs(graph, p, batch), params))
+        def forward(params, batch):
+            return jax.vjp(lambda p: losses.token_logprobs(graph, p, batch), params)
+
+        def backward(pullback, g_n):
+            return pullback(g_n)[0]
+
+        def add(a, b):
+            return jax.tree.map(jnp.add, a, b)
+
+        self.forward, self.backward, self.add = jax.jit(forward), jax.jit(backward), jax.jit(add, donate_argnums=0)
         self.loss = jax.jit(jax.value_and_grad(loss, has_aux=True))
-        self.backward = jax.jit(lambda pullback, g: pullback(g)[0])
-        self.add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b), donate_argnums=0)
 
     def gradients(self, params, batch: dict):
         """(sum, (count, sums)) of one micro-batch, and the gradient of the sum."""
@@ -82,14 +89,15 @@ class Programs:
 def _update(optimizer, state: TrainState, grads, value):
     total, (count, sums) = value
     grads = jax.tree.map(lambda g: g / count.astype(g.dtype), grads)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    metrics = {"loss": total / count, **{name: s / count for name, s in sums.items()}, "grad_norm": optax.global_norm(grads)}
+    with jax.numpy_dtype_promotion("standard"):  # optax takes a float to the power of its int32 count
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    metrics = {"loss": total / count, **{name: s / count for name, s in sums.items()}, "grad_norm": optax.tree.norm(grads)}
     return TrainState(optax.apply_updates(state.params, updates), opt_state), metrics
 
 
 def updater(optimizer: optax.GradientTransformation) -> Callable:
-    """The compiled `(state, gradient of the sum, value) -> (state, metrics)`; state and gradient are donated."""
-    return jax.jit(partial(_update, optimizer), donate_argnums=(0, 1))
+    """The compiled `(state, gradient of the sum, value) -> (state, metrics)`; the state is donated."""
+    return jax.jit(partial(_update, optimizer), donate_argnums=0)
 
 
 def fit(programs: Programs, optimizer: optax.GradientTransformation, state: TrainState, batches: Callable[[int], dict], config: FitConfig,
@@ -106,7 +114,7 @@ def fit(programs: Programs, optimizer: optax.GradientTransformation, state: Trai
             micro = [batches(step * config.accumulate + i) for i in range(config.accumulate)]
             value, grads = programs.accumulated(state.params, [jax.device_put(batch) for batch in micro])
             state, metrics = update(state, grads, value)
-            del grads  # donated
+            del grads  # half a gigabyte that the next forward can use
             log.read()
             log.defer({"step": step, "lr": hooks.rate(step), "tokens": sum(int((b["segments"] > 0).sum()) for b in micro),
                        "supervised": sum(int(b["weights"].sum()) for b in micro)}, metrics)  # fmt: skip

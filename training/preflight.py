@@ -1,6 +1,7 @@
 """Refuses to train on data that would teach the wrong thing, and shows what will be trained."""
 
 from collections import Counter
+from itertools import groupby
 
 import numpy as np
 from rich.table import Table
@@ -105,11 +106,9 @@ def summary(packed: Packed, template: Template, title: str, steps: int) -> None:
 
 def coloured(template: Template, item: Example) -> Text:
     """An example's text, trained tokens green, the others dim; nothing in it reaches the terminal unsanitised."""
-    text, start = Text(), 0
-    edges = [*(np.flatnonzero(np.diff(item.mask)) + 1), len(item.ids)]
-    for end in edges:
-        ids = item.ids[start:end].tolist()
-        run = b"".join(template.token[i].encode() if i in template.token else template.tokenizer.decode_bytes([i]) for i in ids)
-        text.append_text(plain(run.decode("utf-8", "replace"), style="green" if item.mask[start] else "dim"))
-        start = end
+    text, ids = Text(), item.ids.tolist()
+    for (control, trained), run in groupby(range(len(ids)), lambda n: (ids[n] in template.token, bool(item.mask[n]))):
+        span = [ids[n] for n in run]
+        said = "".join(template.token[i] for i in span) if control else template.tokenizer.decode_bytes(span).decode("utf-8", "replace")
+        text.append_text(plain(said, style="green" if trained else "dim"))
     return text

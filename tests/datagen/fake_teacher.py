@@ -11,7 +11,11 @@ from datagen.wire import Answer, make_request
 
 def completion(text, finish="stop", **more):
     usage = {"prompt_tokens": 7, "completion_tokens": 5, "cost": 0.001}
-    return {"model": "fake-1", "choices": [{"message": {"role": "assistant", "content": text}, "finish_reason": finish}], "usage": usage} | more
+    return {
+        "model": "fake-1",
+        "choices": [{"message": {"role": "assistant", "content": text}, "finish_reason": finish}],
+        "usage": usage,
+    } | more
 
 
 def answer(body, status=200, **headers):

@@ -1,6 +1,7 @@
 """The recipe, against a scripted teacher: what becomes a row, what becomes a pair, and what must not."""
 
 import asyncio
+import contextlib
 import json
 from dataclasses import dataclass, field
 
@@ -198,10 +199,17 @@ def test_drawn_principles_are_seeded_and_differ_by_round():
 
 
 def test_a_conversation_is_told_whole_and_a_second_system_turn_is_joined():
-    messages = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "a"}, {"role": "assistant", "content": "B"}, {"role": "user", "content": "Human: c\n\nd: e"}]
+    messages = [
+        {"role": "system", "content": "be kind"},
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "B"},
+        {"role": "user", "content": "Human: c\n\nd: e"},
+    ]
     script = Script(draft=[LONG])
     rows, _ = make(script, messages)
-    assert [m["role"] for m in script.said[0][1]] == ["system", "user", "assistant", "user"] and script.said[0][1][0]["content"].endswith("\n\nbe kind")
+    assert [m["role"] for m in script.said[0][1]] == ["system", "user", "assistant", "user"] and script.said[0][1][0]["content"].endswith(
+        "\n\nbe kind"
+    )
     assert "Human: c\n\nd: e" in script.said[1][1][1]["content"]
     assert rows["preference"]["prompt"] == [*messages[:2], {"role": "assistant", "content": "b"}, messages[3]]
 
@@ -236,10 +244,8 @@ def test_unreadable_critiques_are_told_apart(text):
 
 @given(st.text(max_size=80) | st.lists(st.sampled_from([*'[]{},:"\\ \n', '"verdict"', '"ok"', "null", "1"]), max_size=40).map("".join))
 def test_reading_a_critique_ends_and_raises_nothing_else(text):
-    try:
+    with contextlib.suppress(Unreadable):
         parse_critique(text, "hm", ["warm"])
-    except Unreadable:
-        pass
 
 
 def test_what_the_request_talks_about_is_no_leak():

@@ -13,6 +13,7 @@ from datagen.wire import Answer
 from soul.errors import UserError
 
 SAMPLING = {"temperature": 1.0, "top_p": 1.0, "max_tokens": 64}
+FOUR = Policy(concurrency=4)
 LIMIT = {"error": {"code": 429, "message": "slow down"}}
 
 
@@ -27,7 +28,7 @@ async def one_call(seed, call):
     return [["sft" if reply.ok else "rejected", {"id": seed.id, "messages": messages, "reason": "" if reply.ok else reply.outcome}]]
 
 
-def run(folder, teacher, count=8, recipe=one_call, policy=Policy(concurrency=4), run_id="run", clock=None, prepare=None):
+def run(folder, teacher, count=8, recipe=one_call, policy=FOUR, run_id="run", clock=None, prepare=None):
     """(finished?, engine, journal rows); raises what the engine raises."""
     clock = clock or Clock()
     journal = Journal(folder)
@@ -76,12 +77,19 @@ def test_attempts_are_byte_identical_and_bounded(tmp_path):
     _, engine, rows = run(tmp_path, teacher, count=3)
     assert outcomes(rows) == ["ok"] and len(teacher.sent) == 9 and len(set(teacher.sent)) == 3
     teacher = FakeTeacher(lambda body, n: answer(completion("")) if body["messages"][0]["content"] == "q1" else "fine")
-    _, engine, rows = run(tmp_path / "b", teacher, count=3)
+    _, _engine, rows = run(tmp_path / "b", teacher, count=3)
     assert rows["row1"][0] == "failed" and outcomes(rows) == ["empty", "ok"] and len(teacher.sent) == 2 + Policy.attempts
 
 
 def test_failed_rows_stay_failed_until_reopened(tmp_path):
-    run(tmp_path, FakeTeacher(lambda body, n: answer({"error": {"code": 400, "message": "too long"}}, 400) if body["messages"][0]["content"] == "q1" else "fine"))
+    run(
+        tmp_path,
+        FakeTeacher(
+            lambda body, n: (
+                answer({"error": {"code": 400, "message": "too long"}}, 400) if body["messages"][0]["content"] == "q1" else "fine"
+            )
+        ),
+    )
     teacher = FakeTeacher()
     assert outcomes(run(tmp_path, teacher)[2]) == ["ok", "permanent"] and teacher.sent == []
     journal = Journal(tmp_path)
@@ -94,7 +102,7 @@ def test_rate_limits_wait_as_told_cost_no_attempt_and_close_the_gate_once(tmp_pa
     clock = Clock()
     teacher = FakeTeacher(lambda body, n: answer(LIMIT, 429, retry_after="20") if n <= 7 else "fine")
     start = clock.now
-    _, engine, rows = run(tmp_path, teacher, count=1, clock=clock)
+    _, _engine, rows = run(tmp_path, teacher, count=1, clock=clock)
     assert outcomes(rows) == ["ok"] and clock.now - start == pytest.approx(140)
     assert Journal(tmp_path).ledger()[0]["attempts"] == 1
 
@@ -126,7 +134,7 @@ def test_what_cannot_get_better_stops_the_run_and_a_later_run_goes_on(tmp_path, 
     with pytest.raises(UserError, match=message):
         run(tmp_path, teacher, count=30)
     teacher = FakeTeacher()
-    done, engine, rows = run(tmp_path, teacher, count=30)
+    done, _engine, rows = run(tmp_path, teacher, count=30)
     assert done and outcomes(rows) == ["ok"]
     assert not any('"q0"' in body for body in teacher.sent)  # what was answered is not asked again
 
@@ -166,7 +174,7 @@ def test_first_interrupt_drains_and_the_next_run_finishes(tmp_path):
     done, engine, rows = run(tmp_path, teacher, count=20, prepare=held_engine.append)
     assert not done and len(teacher.sent) <= 4 and len(rows) == len(teacher.sent)
     rest = FakeTeacher()
-    done, engine, rows = run(tmp_path, rest, count=20)
+    done, _engine, rows = run(tmp_path, rest, count=20)
     assert done and len(rows) == 20 and len(rest.sent) == 20 - len(teacher.sent)
 
 
@@ -177,7 +185,7 @@ def test_second_interrupt_stops_at_once(tmp_path):
         asyncio.get_running_loop().call_soon(engines[0].interrupt)
         await asyncio.Event().wait()
 
-    done, engine, rows = run(tmp_path, FakeTeacher(for_ever), count=5, prepare=engines.append)
+    done, _engine, rows = run(tmp_path, FakeTeacher(for_ever), count=5, prepare=engines.append)
     assert not done and rows == {}
 
 

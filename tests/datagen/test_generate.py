@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -14,10 +15,11 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tyro
 from aiohttp import web
 from fake_teacher import completion, server
 
-from datagen.generate import Config, main
+from datagen.generate import Config, command, main, resume_command
 from datagen.recipes.critique_revise import CritiqueRevise
 from datagen.seeds import read_seeds
 from datagen.teachers import open_teacher
@@ -40,7 +42,11 @@ class Fake:
         await asyncio.sleep(self.delay)
         last = json.loads(body)["messages"][-1]["content"]
         text = JUDGED if "JSON list" in last else "a calm reply." if "<notes>" in last else f"A Reply to {last}"
-        return web.json_response(completion(text), status=self.status) if self.status == 200 else web.json_response({"error": {"message": "no"}}, status=self.status)
+        return (
+            web.json_response(completion(text), status=self.status)
+            if self.status == 200
+            else web.json_response({"error": {"message": "no"}}, status=self.status)
+        )
 
 
 @pytest.fixture
@@ -81,10 +87,18 @@ def data(given):
 def test_the_whole_way_and_the_same_bytes_again(given, fake):
     assert main(config(given, fake.url)) == 0
     sft, pairs = read_rows(given / "run/data/sft.parquet"), read_rows(given / "run/data/preference.parquet")
-    assert [row["messages"][0]["content"] for row in sft] == [f"question {n}" for n in range(12)] == [row["prompt"][0]["content"] for row in pairs]
+    assert (
+        [row["messages"][0]["content"] for row in sft]
+        == [f"question {n}" for n in range(12)]
+        == [row["prompt"][0]["content"] for row in pairs]
+    )
     assert sft[0]["messages"][1]["content"] == "a calm reply." and pairs[3]["rejected"][0]["content"] == "A Reply to question 3"
     stats = json.loads((given / "run/data/stats.json").read_text())
-    assert stats["rows"] == {"sft": 12, "preference": 12, "rejected": 0} and stats["cost_usd"] == pytest.approx(0.048) and stats["stages"]["draft"] == 12
+    assert (
+        stats["rows"] == {"sft": 12, "preference": 12, "rejected": 0}
+        and stats["cost_usd"] == pytest.approx(0.048)
+        and stats["stages"]["draft"] == 12
+    )
     assert "| lower | lowercase_prose | 12 | 0 | 12 | 0 |" in (given / "run/data/README.md").read_text()
     first, sent = data(given), len(fake.bodies)
     assert sent == 48
@@ -105,7 +119,7 @@ def test_what_decides_a_row_computes_it_again(given, fake, edit):
     elif edit == "temperature":
         more["temperature"] = 0.1
     elif edit == "seeds":
-        (given / "seeds.jsonl").write_text((given / "seeds.jsonl").read_text().replace("question 1\"", "question 99\""))
+        (given / "seeds.jsonl").write_text((given / "seeds.jsonl").read_text().replace('question 1"', 'question 99"'))
     else:
         more["recipe"] = CritiqueRevise(samples=2)
     assert main(config(given, fake.url, **more)) == 0
@@ -116,11 +130,13 @@ def test_what_decides_a_row_computes_it_again(given, fake, edit):
 
 def child(given, url):
     code = """
-        import sys; from pathlib import Path; from datagen.generate import Config, main
+        import sys; from pathlib import Path; from datagen.generate import Config, command, main, resume_command
         folder = Path(sys.argv[1])
         sys.exit(main(Config(seeds=folder / "seeds.jsonl", teacher=sys.argv[2], out=folder / "run", soul=folder / "SOUL.md", concurrency=4)))
     """
-    return subprocess.Popen([sys.executable, "-c", textwrap.dedent(code), str(given), url], stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code), str(given), url], stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]
+    )
 
 
 def wait_for(fake, count):
@@ -143,7 +159,9 @@ def test_kill_minus_nine_pays_only_calls_in_flight_again_and_ends_the_same(given
         process.communicate()
     fake.delay = 0.0
     assert main(config(given, fake.url)) == 0
-    assert {name: data(given)[name] for name in data(given) if name.endswith("parquet")} == {name: whole[name] for name in whole if name.endswith("parquet")}
+    assert {name: data(given)[name] for name in data(given) if name.endswith("parquet")} == {
+        name: whole[name] for name in whole if name.endswith("parquet")
+    }
     assert calls <= len(fake.bodies) <= calls + 4 * 4
 
 
@@ -153,11 +171,20 @@ def test_interrupt_drains_exits_130_and_names_the_resume_command(given, fake):
     wait_for(fake, 3)
     process.send_signal(signal.SIGINT)
     told = process.communicate()[1]
-    assert process.returncode == 130 and f"soulsmith generate --soul {given / 'SOUL.md'}" in " ".join(told.split())
+    assert process.returncode == 130 and f"soulsmith generate --seeds {given / 'seeds.jsonl'}" in " ".join(told.split())
     sent = set(fake.bodies)
     assert len(sent) < 48
     fake.delay = 0.0
     assert main(config(given, fake.url)) == 0 and len(fake.bodies) == 48
+
+
+def test_the_command_in_the_card_makes_the_same_config(given, fake):
+    made = config(given, fake.url, prompts=Path("small"), max_tokens=99, recipe=CritiqueRevise(critic="checks", draft_soul=True))
+    read = tyro.cli(Config, args=shlex.split(command(made))[2:])
+    assert read == made
+    (given / "run").mkdir()
+    (given / "run" / "generate.json").write_text("{}")
+    assert resume_command(made) == f"soulsmith generate --config {given}/run/generate.json"
 
 
 def test_a_second_process_on_the_run_directory_is_refused(given, fake):
@@ -202,7 +229,10 @@ def test_a_bad_seed_is_named_before_anything_is_paid(given, fake, line, message)
 def test_seed_files_of_every_kind_give_the_same_rows(tmp_path):
     prompts = ["what: is\n\nHuman: this?", "{{ soul }} {% raw %}", "q\u2028r"]
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"prompt": p}, ensure_ascii=False) for p in prompts), encoding="utf-8")
-    pq.write_table(pa.table({"messages": [[{"role": "user", "content": p}, {"role": "assistant", "content": "x"}] for p in prompts]}), tmp_path / "b.parquet")
+    pq.write_table(
+        pa.table({"messages": [[{"role": "user", "content": p}, {"role": "assistant", "content": "x"}] for p in prompts]}),
+        tmp_path / "b.parquet",
+    )
     (tmp_path / "c.txt").write_text("{{ soul }} {% raw %}\n\n")
     a, b = list(read_seeds(tmp_path / "a.jsonl")), list(read_seeds(tmp_path / "b.parquet"))
     assert [s.messages[0]["content"] for s in a] == prompts and [s.id for s in a] == [s.id for s in b]

@@ -19,7 +19,9 @@ SOUL = "you are a goblin. " * 40
 
 
 def ask(n, text="hi"):
-    return make_request("http://a/v1", {"model": "m", "messages": [{"role": "system", "content": SOUL}, {"role": "user", "content": f"{text} {n}"}]})
+    return make_request(
+        "http://a/v1", {"model": "m", "messages": [{"role": "system", "content": SOUL}, {"role": "user", "content": f"{text} {n}"}]}
+    )
 
 
 def put(journal, request, said):

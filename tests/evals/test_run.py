@@ -4,12 +4,12 @@ from types import SimpleNamespace
 import pytest
 
 from evals.adherence import judge_soul
-from evals.prompts import Prompt, chat_system, from_rows, held_out, overlap, set_hash
+from evals.prompts import Prompt, chat_prompt, from_rows, held_out, overlap, set_hash
 from evals.run import Config, contestants, evaluate, print_table
-from evals.toolcalls import parse_chat_reply
+from evals.toolcalls import judge_call, parse_chat_reply
 from evals.work import first_result, run_loops, solved
 from model.sampler import Completion
-from soul.conversation import arguments, assistant, calls_of, tool_call, user
+from soul.conversation import assistant, tool_call, user
 from soul.errors import UserError
 from soul.rows import write_rows
 from soul.spec import parse_soul
@@ -107,6 +107,17 @@ def test_a_principle_is_judged_only_where_it_can_be_broken():
     assert judge_soul(soul, [user("go")], assistant("", read)) == {"a": False, "c": False}
 
 
+def test_a_reply_with_control_tokens_out_of_place_is_none(tmp_path):
+    class Soup(Script):
+        def generate(self, prompts, **_):
+            return [Completion([*b"system", Bytes.special["<|tool_val|>"], *b"system"], "length") for _ in prompts]
+
+    (tmp_path / "weights").write_bytes(b"w")
+    loaded = SimpleNamespace(tokenizer=Bytes(), meta={}, path=tmp_path / "weights")
+    result = evaluate(loaded, Soup(), PROMPTS, SOUL, template="soulsmith", name="base", config=Config(out=tmp_path))
+    assert values(result, "adherence") == {"lowercase": (0, 2), "short": (0, 2), "all at once": (0, 2)}
+
+
 def test_a_cut_reply_is_judged_on_what_it_said(tmp_path):
     result = run(tmp_path, assistant("reading it first.", tool_call("Read", file_path="a.py")), assistant("it reads"), finish="length")
     assert values(result, "tools")["ends after the call"] == (0, 1) and values(result, "work") == {"runs": (0, 1)}
@@ -122,17 +133,18 @@ def test_a_base_model_in_its_own_template(tmp_path):
 
 
 def test_the_fair_instruction_keeps_the_soul_it_states():
-    told = chat_system(SOUL)
-    assert "keeps answers short." in told and "<!--" not in told and all(f"- {name}(" in told for name in SOUL.tools)
-    message, problems = parse_chat_reply(told)
-    assert not problems and arguments(calls_of(message)[0]) == {"pattern": "def load", "path": "."}
-    assert all(judge_soul(SOUL, PROMPTS[0].messages, {**message, "content": message["content"].splitlines()[-1]}).values())
+    told, *shown, last = chat_prompt(SOUL, PROMPTS[0].messages)
+    assert "keeps answers short." in told["content"] and "<!--" not in told["content"] and last == PROMPTS[0].messages[0]
+    assert all(f"- {name}(" in told["content"] for name in SOUL.tools)
+    replies = [parse_chat_reply(m["content"]) for m in shown if m["role"] == "assistant"]
+    assert [judge_call(m, faults, finished=True)["valid"] for m, faults in replies] == [False, True, True]
+    assert all(all(judge_soul(SOUL, [], m).values()) for m, _ in replies)
 
 
 def test_the_example_is_worded_for_the_soul():
     formal = parse_soul("- capitals. <!-- check: sentence_case -->")
-    assert "I will find where it is defined.\n{" in chat_system(formal)
-    assert "let me find where it is defined.\n{" in chat_system(SOUL)
+    assert chat_prompt(formal, [])[4]["content"].startswith("I will look for it.\n{")
+    assert chat_prompt(SOUL, [])[4]["content"].startswith("looking for it.\n{")
 
 
 def test_no_model_command_runs_on_the_measuring_machine(tmp_path):
@@ -229,6 +241,8 @@ def test_prompts_from_a_file(tmp_path):
 
 
 def test_contestants_of_a_model(tmp_path):
-    (tmp_path / "sft").mkdir()
-    assert contestants(str(tmp_path / "sft")) == [("sft", "soulsmith")]
-    assert contestants("smollm2-135m") == [("base", "soulsmith"), ("base chat", "chatml")]
+    (tmp_path / "sft" / "checkpoints").mkdir(parents=True)
+    assert contestants(tmp_path / "sft", {"base", "base chat"}) == [("sft", "soulsmith")]
+    assert contestants(tmp_path / "sft", {"sft"}) == [("sft 2", "soulsmith")]
+    assert contestants(tmp_path, set()) == [("base", "soulsmith"), ("base chat", "chatml")]
+    assert contestants(tmp_path, {"base"}) == [("base 2", "soulsmith"), ("base 2 chat", "chatml")]

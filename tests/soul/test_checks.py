@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -36,9 +37,19 @@ class Case:
 CASES = {
     "lowercase_prose": Case(
         {},
-        ["it's all in `README.md` and README.md now.", "the HTTPServer in src/Net/Http.py, see https://Example.com/A", "```python\nX = Foo()\n```\nthere.", "returns None, or parse_URL() on True."],
+        [
+            "it's all in `README.md` and README.md now.",
+            "the HTTPServer in src/Net/Http.py, see https://Example.com/A",
+            "```python\nX = Foo()\n```\nthere.",
+            "returns None, or parse_URL() on True.",
+        ],
         ["Hello there.", "well, I think so.", "it uses JSON.", "ok.Then it works."],
-        [("that loads the file.", "that loads the File."), ("i read it.", "I read it."), ("see `Foo` there.", "See `Foo` there."), ("it's done.", "it's DONE.")],
+        [
+            ("that loads the file.", "that loads the File."),
+            ("i read it.", "I read it."),
+            ("see `Foo` there.", "See `Foo` there."),
+            ("it's done.", "it's DONE."),
+        ],
     ),
     "sentence_case": Case(
         {},
@@ -120,7 +131,12 @@ CASES = {
     ),
     "no_question_in_final_turn": Case(
         {},
-        ["it's fixed.", "the `?` operator ends it", [assistant("which file?", READ), tool("x"), assistant("done.")], "see https://a.b/?q=1"],
+        [
+            "it's fixed.",
+            "the `?` operator ends it",
+            [assistant("which file?", READ), tool("x"), assistant("done.")],
+            "see https://a.b/?q=1",
+        ],
         ["shall we?", "done. ok?", "what?\n\nit's done.", "可以吗？"],
         [("it's fixed. that was odd.", "it's fixed. was that odd?"), ("done.", "done. does it work?")],
     ),
@@ -136,12 +152,6 @@ CASES = {
         ["# How It Works Today", "## Getting Started", "text\n# Reading Files"],
         [("# Reading files", "# Reading Files"), ("## The last step", "## The Last Step")],
     ),
-    "no_lists": Case(
-        {},
-        ["a - b", "-5 is negative", "```\n- x\n```"],
-        ["- x", "text\n1. one", "  * y"],
-        [("one, two", "- one\n- two"), ("first do this", "1. first do this")],
-    ),
     "no_repetition": Case(
         {},
         ["i read the file now. i read the other file now.", "yes. yes.", "so it is. so it is not."],
@@ -156,11 +166,25 @@ CASES = {
     ),
     "max_comment_density": Case(
         {"ratio": 0.25},
-        ["```python\n# one\nx = 1\n```", [assistant("go", edit("a = 1\nb = 2\n"))], "```md\n# a\n# b\n```", [assistant("go", edit("# a\n# b\n", "x.md"))], "```c\n#include <a>\n#include <b>\n```"],
+        [
+            "```python\n# one\nx = 1\n```",
+            [assistant("go", edit("a = 1\nb = 2\n"))],
+            "```md\n# a\n# b\n```",
+            [assistant("go", edit("# a\n# b\n", "x.md"))],
+            "```c\n#include <a>\n#include <b>\n```",
+        ],
         ["```python\n# one\n# two\nx = 1\n```", [assistant("go", edit("# a\n# b\nx"))], "```js\n// a\n/* b */\n```"],
-        [("```py\nx\ny\n# z\n```", "```py\n# x\n# y\n# z\n```"), ([assistant("go", edit("a\nb\n"))], [assistant("go", edit("# a\n# b\na\nb\n"))])],
+        [
+            ("```py\nx\ny\n# z\n```", "```py\n# x\n# y\n# z\n```"),
+            ([assistant("go", edit("a\nb\n"))], [assistant("go", edit("# a\n# b\na\nb\n"))]),
+        ],
     ),
-    "no_apology": Case({}, ["that was wrong; fixed.", "`sorry` is a function", "an apologue"], ["sorry about that.", "My apologies.", "i apologise for it", "we regret the delay"], [("fixed.", "sorry, fixed."), ("that broke.", "my mistake, that broke.")]),
+    "no_apology": Case(
+        {},
+        ["that was wrong; fixed.", "`sorry` is a function", "an apologue"],
+        ["sorry about that.", "My apologies.", "i apologise for it", "we regret the delay"],
+        [("fixed.", "sorry, fixed."), ("that broke.", "my mistake, that broke.")],
+    ),
     "no_sycophancy": Case(
         {},
         ["you're right about the loop.", "a dict is a good choice here.", "`great question`"],
@@ -169,20 +193,51 @@ CASES = {
     ),
     "no_offer": Case(
         {},
-        ["it's done.", "if you have any empty lists, it returns None", "nothing else changed; i didn't change anything else.", "these functions need more tests."],
-        ["Let me know if it works.", "feel free to ask", "would you like me to go on?", "if you have any other questions, ask", "is there anything else?"],
+        [
+            "it's done.",
+            "if you have any empty lists, it returns None",
+            "nothing else changed; i didn't change anything else.",
+            "these functions need more tests.",
+        ],
+        [
+            "Let me know if it works.",
+            "feel free to ask",
+            "would you like me to go on?",
+            "if you have any other questions, ask",
+            "is there anything else?",
+        ],
         [("done.", "done. let me know how it goes."), ("fixed.", "fixed. want me to add tests?")],
     ),
-    "no_filler_opening": Case({}, ["the loop is off.", "sure-fire ways exist", "a great idea"], ["Sure! here it is", "certainly, it's", "of course. done", "**Okay**, no: ok, go"], [("it's here.", "sure, it's here."), ("done.", "absolutely! done.")]),
-    "no_ai_talk": Case({}, ["the ai module", "an aide", "train the language model"], ["As an AI, no.", "i'm a large language model", "as a language model i"], [("i can't see it.", "as an ai i can't see it."), ("no idea.", "no idea, i'm just an AI.")]),
-    "no_revision_talk": Case({}, ["it's shorter now.", "i revised the code", "the original text"], ["Here's the revised reply:", "i've rewritten it", "as requested, here", "in line with the principles"], [("it's a loop.", "here is my updated answer: it's a loop."), ("done.", "as revised: done.")]),
+    "no_filler_opening": Case(
+        {},
+        ["the loop is off.", "sure-fire ways exist", "a great idea"],
+        ["Sure! here it is", "certainly, it's", "of course. done", "**Okay**, no: ok, go"],
+        [("it's here.", "sure, it's here."), ("done.", "absolutely! done.")],
+    ),
+    "no_ai_talk": Case(
+        {},
+        ["the ai module", "an aide", "train the language model"],
+        ["As an AI, no.", "i'm a large language model", "as a language model i"],
+        [("i can't see it.", "as an ai i can't see it."), ("no idea.", "no idea, i'm just an AI.")],
+    ),
+    "no_revision_talk": Case(
+        {},
+        ["it's shorter now.", "i revised the code", "the original text"],
+        ["Here's the revised reply:", "i've rewritten it", "as requested, here", "in line with the principles"],
+        [("it's a loop.", "here is my updated answer: it's a loop."), ("done.", "as revised: done.")],
+    ),
     "contractions": Case(
         {},
         ["it's fine, don't worry.", "that's what it is.", "`do not`", "that is, mostly, why", "as it is now, so be it or not"],
         ["do not worry", "It is a loop", "I cannot see", "let us go", "there is one"],
         [("it's a loop.", "it is a loop."), ("i don't know.", "i do not know."), ("they're here.", "they are here.")],
     ),
-    "no_contractions": Case({}, ["It is fine; do not worry.", "the dog's bone", "`don't`"], ["it's fine", "don't", "we’re done", "let's go"], [("It is a loop.", "It's a loop."), ("I do not know.", "I don't know.")]),
+    "no_contractions": Case(
+        {},
+        ["It is fine; do not worry.", "the dog's bone", "`don't`"],
+        ["it's fine", "don't", "we’re done", "let's go"],
+        [("It is a loop.", "It's a loop."), ("I do not know.", "I don't know.")],
+    ),
     "explain_before_act": Case(
         {},
         [[assistant("i'll read it.", READ)], "no call", [assistant("looking", GREP), tool("x"), assistant("now this", READ)]],
@@ -203,8 +258,18 @@ CASES = {
     ),
     "read_before_edit": Case(
         {},
-        [[assistant("a", READ), tool("    1→x"), assistant("b", EDIT)], [assistant("new", NEW)], [assistant("n", NEW), tool("ok"), assistant("b", edit("y", "./b.py"))], "x"],
-        [[assistant("b", EDIT)], [assistant("a", READ), tool("error: no such file"), assistant("b", EDIT)], [assistant("a", READ, EDIT)], [assistant("g", GREP), tool("a.py:1:x"), assistant("b", EDIT)]],
+        [
+            [assistant("a", READ), tool("    1→x"), assistant("b", EDIT)],
+            [assistant("new", NEW)],
+            [assistant("n", NEW), tool("ok"), assistant("b", edit("y", "./b.py"))],
+            "x",
+        ],
+        [
+            [assistant("b", EDIT)],
+            [assistant("a", READ), tool("error: no such file"), assistant("b", EDIT)],
+            [assistant("a", READ, EDIT)],
+            [assistant("g", GREP), tool("a.py:1:x"), assistant("b", EDIT)],
+        ],
         [
             ([assistant("a", READ), tool("x"), assistant("b", EDIT)], [assistant("a", GREP), tool("x"), assistant("b", EDIT)]),
             ([assistant("a", READ), tool("x"), assistant("b", EDIT)], [assistant("a", READ), tool("x"), assistant("b", edit("y", "c.py"))]),
@@ -212,23 +277,35 @@ CASES = {
     ),
     "unique_old_string": Case(
         {},
-        [[assistant("b", EDIT), tool("    1→y")], [assistant("b", EDIT), tool("error: a.py changed since it was read")], [assistant("r", READ), tool("error: old_string occurs 2 times")]],
-        [[assistant("b", EDIT), tool("error: old_string occurs 3 times in a.py (lines 1, 2, 9)")], [assistant("b", EDIT), tool("error: old_string not found in a.py")], [assistant("b", READ, EDIT), tool("ok"), tool("error: old_string not found in a.py")]],
-        [([assistant("b", EDIT), tool("ok")], [assistant("b", EDIT), tool("error: old_string occurs 2 times in a.py")]), ([assistant("b", EDIT), tool("ok")], [assistant("b", EDIT), tool("error: old_string not found in a.py; did you mean x")])],
+        [
+            [assistant("b", EDIT), tool("    1→y")],
+            [assistant("b", EDIT), tool("error: a.py changed since it was read")],
+            [assistant("r", READ), tool("error: old_string occurs 2 times")],
+        ],
+        [
+            [assistant("b", EDIT), tool("error: old_string occurs 3 times in a.py (lines 1, 2, 9)")],
+            [assistant("b", EDIT), tool("error: old_string not found in a.py")],
+            [assistant("b", READ, EDIT), tool("ok"), tool("error: old_string not found in a.py")],
+        ],
+        [
+            ([assistant("b", EDIT), tool("ok")], [assistant("b", EDIT), tool("error: old_string occurs 2 times in a.py")]),
+            ([assistant("b", EDIT), tool("ok")], [assistant("b", EDIT), tool("error: old_string not found in a.py; did you mean x")]),
+        ],
     ),
     "no_repeated_call": Case(
         {},
         [[assistant("a", READ), tool("x"), assistant("b", GREP), tool("y"), assistant("c", READ)], [assistant("a", READ, GREP)], "x"],
-        [[assistant("a", READ), tool("x"), assistant("b", READ)], [assistant("a", READ, READ)], [assistant("a", GREP), user("again"), assistant("b", GREP)]],
-        [([assistant("a", READ), tool("x"), assistant("b", EDIT)], [assistant("a", READ), tool("x"), assistant("b", READ)]), ([assistant("a", GREP)], [assistant("a", GREP, GREP)])],
+        [
+            [assistant("a", READ), tool("x"), assistant("b", READ)],
+            [assistant("a", READ, READ)],
+            [assistant("a", GREP), user("again"), assistant("b", GREP)],
+        ],
+        [
+            ([assistant("a", READ), tool("x"), assistant("b", EDIT)], [assistant("a", READ), tool("x"), assistant("b", READ)]),
+            ([assistant("a", GREP)], [assistant("a", GREP, GREP)]),
+        ],
     ),
-    "max_calls": Case(
-        {"n": 1},
-        [[assistant("a", READ)], [assistant("a", READ), user("more"), assistant("b", GREP)], "x"],
-        [[assistant("a", READ), tool("x"), assistant("b", GREP)], [assistant("a", READ, GREP)], [user("u"), assistant("a", READ), assistant("b", READ, READ)]],
-        [([assistant("a", READ)], [assistant("a", READ, EDIT)]), ([assistant("a", GREP), tool("")], [assistant("a", GREP), tool(""), assistant("b", GREP)])],
-    ),
-}  # fmt: skip
+}
 
 
 def conversation(text):
@@ -278,16 +355,51 @@ def test_spans_point_at_the_fault():
 
 # --- hostile input
 
-scraps = st.sampled_from(["```", "~~~\n", "`", "``", "\n\n", "\n- ", "# ", "README.md", "https://x.y/Z", "I am not", "can’t", "sorry", "Great question!", "🎉", "İ", "ǅ", "\ud800", "\0", "!", "?", "# c\n"])
+scraps = st.sampled_from(
+    [
+        "```",
+        "~~~\n",
+        "`",
+        "``",
+        "\n\n",
+        "\n- ",
+        "# ",
+        "README.md",
+        "https://x.y/Z",
+        "I am not",
+        "can’t",
+        "sorry",
+        "Great question!",
+        "🎉",
+        "İ",
+        "ǅ",
+        "\ud800",
+        "\0",
+        "!",
+        "?",
+        "# c\n",
+    ]
+)
 texts = st.lists(st.one_of(scraps, st.text(max_size=12)), max_size=12).map("".join)
-calls = st.one_of(st.just(READ), st.just(EDIT), st.just(NEW), st.sampled_from([{}, None, 3, {"function": {"name": None, "arguments": "[1"}}, {"function": {"name": "Edit", "arguments": '{"file_path": 1}'}}]))
+calls = st.one_of(
+    st.just(READ),
+    st.just(EDIT),
+    st.just(NEW),
+    st.sampled_from(
+        [{}, None, 3, {"function": {"name": None, "arguments": "[1"}}, {"function": {"name": "Edit", "arguments": '{"file_path": 1}'}}]
+    ),
+)
 messages = st.lists(
     st.one_of(
-        st.builds(lambda role, content: {"role": role, "content": content}, st.sampled_from(["user", "tool", "assistant", "x"]), st.one_of(texts, st.none())),
+        st.builds(
+            lambda role, content: {"role": role, "content": content},
+            st.sampled_from(["user", "tool", "assistant", "x"]),
+            st.one_of(texts, st.none()),
+        ),
         st.builds(lambda content, made: {"role": "assistant", "content": content, "tool_calls": made}, texts, st.lists(calls, max_size=3)),
     ),
     max_size=5,
-)  # fmt: skip
+)
 
 
 @given(messages)
@@ -308,7 +420,7 @@ def test_mask_keeps_offsets_and_everything_outside_code(text):
     assert len(masked) == len(text)
     assert all(m in (t, CODE, "\n") for m, t in zip(masked, text))
     spans = sentences(masked)
-    assert all(a < b <= c for (a, b), (c, _) in zip(spans, spans[1:], strict=False))
+    assert all(a < b <= c for (a, b), (c, _) in pairwise(spans))
     for fence in fences(text):
         assert fence.start <= fence.code_start <= fence.code_end <= fence.end
     assert all(masked[a:b].strip() == masked[a:b] for a, b in words(masked))
@@ -317,13 +429,31 @@ def test_mask_keeps_offsets_and_everything_outside_code(text):
 def test_masks_code_and_nothing_else():
     text = "See `A` and ``B ` C`` in src/A.py, (HTTPServer) $HOME --Flag SHA256 X=1 jax.numpy.Array Foo() but Not/This or JSON."
     kept = "".join(c for c in mask(text) if c != CODE)
-    assert kept == "See  and  in , ()        but Not/This or JSON."
+    assert kept == "See  and  in , ()       but Not/This or JSON."
     assert mask("a\n```\nX\n\n~~~\n```\nB") == "a\n" + "\n" * 15 + "B"
     assert mask("a `B\n\nC` d") == "a `B\n\nC` d"  # a code span does not cross paragraphs
 
 
-HOSTILE = ["`" * 50_000, "` `` " * 10_000, "\n " * 40_000, "a." * 40_000, "/" * 50_000, "[\\w./" * 10_000, "_" * 50_000, "a_" * 30_000, "!?" * 30_000, "sorry " * 9_000,
-           "İ" * 50_000, "do not " * 8_000, "🎉" * 30_000, "# a\n" * 20_000, "```\n" * 20_000, "a" * 60_000, "is it " * 10_000, "i am " * 10_000]  # fmt: skip
+HOSTILE = [
+    "`" * 50_000,
+    "` `` " * 10_000,
+    "\n " * 40_000,
+    "a." * 40_000,
+    "/" * 50_000,
+    "[\\w./" * 10_000,
+    "_" * 50_000,
+    "a_" * 30_000,
+    "!?" * 30_000,
+    "sorry " * 9_000,
+    "İ" * 50_000,
+    "do not " * 8_000,
+    "🎉" * 30_000,
+    "# a\n" * 20_000,
+    "```\n" * 20_000,
+    "a" * 60_000,
+    "is it " * 10_000,
+    "i am " * 10_000,
+]
 
 
 def test_long_hostile_text_is_linear():
@@ -334,7 +464,21 @@ def test_long_hostile_text_is_linear():
 
 
 def test_patterns_that_could_hang_are_refused():
-    for bad in ["(a+)+b", "(a|a)*b", "(a*)*", "a*a*a*b", r"(a)\1", "(?P<x>a)(?P=x)", "(", "[", "(a{1,9}){2}", "a?" * 30, "x" * 301, "(?:a|b)+", "[[a]"]:
+    for bad in [
+        "(a+)+b",
+        "(a|a)*b",
+        "(a*)*",
+        "a*a*a*b",
+        r"(a)\1",
+        "(?P<x>a)(?P=x)",
+        "(",
+        "[",
+        "(a{1,9}){2}",
+        "a?" * 30,
+        "x" * 301,
+        "(?:a|b)+",
+        "[[a]",
+    ]:
         with pytest.raises(ValueError):
             bounded_pattern(bad)
     for good in [r"\bTODO\b", r"(?:a|b) c", r"[+*?{]+", r"\d{4}-\d\d", r"(?i)foo.*bar", r"\(x\)\*", "(?<!a)b", "[]+*?]x"]:
@@ -350,6 +494,8 @@ def test_a_long_text_is_read_to_its_end():
 
 
 def test_run_checks_names_principles_in_order():
-    soul = parse_soul("## Principles\n- b <!-- id: b; check: no_emoji -->\n- a <!-- id: a; check: lowercase_prose; check: max_words(1) -->\n- c")
+    soul = parse_soul(
+        "## Principles\n- b <!-- id: b; check: no_emoji -->\n- a <!-- id: a; check: lowercase_prose; check: max_words(1) -->\n- c"
+    )
     assert [v.principle for v in run_checks(soul, [assistant("Hi there 🎉")])] == ["b", "a", "a"]
     json.dumps([v.__dict__ for v in run_checks(soul, [assistant("Hi there")])])

@@ -1,0 +1,105 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_model import TEMPLATE, preference_rows, random_examples, sft_rows
+
+from soul import conversation as c
+from soul.errors import UserError
+from soul.rows import write_rows
+from training.data import Packed, Pair, best_fit, example, load_rows, pair
+
+T = 32
+
+
+@given(st.lists(st.integers(1, 20), max_size=60), st.integers(20, 40))
+def test_best_fit_places_every_length_once_within_capacity(lengths, capacity):
+    groups = best_fit(lengths, capacity)
+    assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
+    assert all(sum(lengths[i] for i in group) <= capacity for group in groups)
+    # best fit can never leave two groups that would fit into one
+    sizes = sorted(sum(lengths[i] for i in group) for group in groups)
+    assert len(sizes) < 2 or sizes[0] + sizes[1] > capacity
+
+
+@given(st.integers(0, 10_000), st.integers(1, 40), st.integers(1, 4))
+def test_every_supervised_token_appears_exactly_once_and_in_its_own_segment(seed, n, per_batch):
+    examples = random_examples(seed, n, 40)
+    kept = [e for e in examples if len(e) <= T]
+    if not kept:
+        with pytest.raises(UserError, match="longer than 32"):
+            Packed.build(examples, T, per_batch, seed)
+        return
+    packed = Packed.build(examples, T, per_batch, seed)
+    assert packed.dropped == n - len(kept)
+    seen = []
+    for number in range(len(packed.blocks)):
+        block = packed.block(number)
+        real = block["weights"] > 0
+        at, targets = block["at"][real], block["targets"][real]
+        rows, columns = at // T, at % T
+        segments = block["segments"]
+        assert (block["ids"][rows, columns + 1] == targets).all()  # what is predicted is the next token …
+        assert (segments[rows, columns] == segments[rows, columns + 1]).all() and (segments[rows, columns] > 0).all()  # … of the same segment
+        for r in range(per_batch):
+            for s in range(1, segments[r].max() + 1):
+                where = np.flatnonzero(segments[r] == s)
+                assert (np.diff(where) == 1).all()
+                assert (block["positions"][r, where] == np.arange(len(where))).all()
+                trained = block["targets"][real & (block["at"] // T == r) & np.isin(block["at"] % T + 1, where)]
+                seen.append((tuple(block["ids"][r, where]), tuple(trained)))
+    assert sorted(seen) == sorted((tuple(e.ids), tuple(e.ids[e.mask == 1])) for e in kept)
+
+
+def test_batch_k_is_a_pure_function_of_seed_and_k():
+    examples = random_examples(3, 50, T)
+    one, two = Packed.build(examples, T, 2, 7), Packed.build(examples, T, 2, 7)
+    ahead = two.batch(13)  # asked for out of order, from another object
+    for k in range(20):
+        one.batch(k)
+    assert all((one.batch(13)[name] == ahead[name]).all() for name in ahead)
+    blocks = len(one.blocks)
+    epochs = [[one.block_of(k) for k in range(e * blocks, (e + 1) * blocks)] for e in range(3)]
+    assert all(sorted(epoch) == list(range(blocks)) for epoch in epochs)  # each epoch sees everything once
+    assert epochs[0] != epochs[1]
+    assert [Packed.build(examples, T, 2, 8).block_of(k) for k in range(blocks)] != epochs[0]
+
+
+def test_shapes_are_the_same_for_every_batch():
+    packed = Packed.build([pair(TEMPLATE, row) for row in preference_rows(23)], 64, 2, 0)
+    shapes = {tuple((name, value.shape) for name, value in packed.block(n).items()) for n in range(len(packed.blocks))}
+    assert len(shapes) == 1
+
+
+def test_both_branches_of_a_pair_are_in_one_batch_and_numbered():
+    pairs = [pair(TEMPLATE, row) for row in preference_rows(9)]
+    packed = Packed.build(pairs, 64, 2, 0)
+    found = {}
+    for number in range(len(packed.blocks)):
+        block = packed.block(number)
+        for slot in np.flatnonzero(block["real"]):
+            item = pairs[block["index"][slot]]
+            for branch, offset in ((item.chosen, 0), (item.rejected, packed.pairs)):
+                assert (block["targets"][block["branch"] == slot + offset] == branch.ids[branch.mask == 1]).all()
+            found[int(block["index"][slot])] = True
+    assert sorted(found) == list(range(9))
+
+
+def test_a_pair_masks_its_prompt_even_where_the_assistant_speaks_in_it():
+    prompt = [c.user("a"), c.assistant("b"), c.user("c")]
+    item = pair(TEMPLATE, {"id": "x", "prompt": prompt, "chosen": [c.assistant("yes")], "rejected": [c.assistant("no")]})
+    assert item.chosen.mask[: item.prompt].sum() == 0 and item.chosen.mask.sum() == len("yes") + 1
+    assert item.prompt == len(TEMPLATE.encode(prompt).ids)
+    assert isinstance(item, Pair) and len(item) == len(item.chosen)
+
+
+def test_rows_that_cannot_be_rendered_or_are_of_the_wrong_kind_are_refused(tmp_path):
+    with pytest.raises(UserError, match="row bad"):
+        example(TEMPLATE, [{"role": "robot", "content": "x"}], "bad")
+    write_rows(tmp_path / "s.parquet", sft_rows(2), "sft")
+    write_rows(tmp_path / "empty.parquet", [], "sft")
+    assert len(load_rows([tmp_path / "s.parquet"] * 2, "sft")) == 4
+    with pytest.raises(UserError, match="holds sft rows, not preference"):
+        load_rows([tmp_path / "s.parquet"], "preference")
+    with pytest.raises(UserError, match="no rows"):
+        load_rows([tmp_path / "empty.parquet"], "sft")
