@@ -90,7 +90,7 @@ def stages(config: Config, soul: Soul) -> list[Stage]:
     convert = Convert(soul=config.soul, out=out, n=config.rollouts, seed=config.seed)
     sft = Sft(
         out=out, model=config.base, data=(data / "sft.parquet", data / "rollouts.parquet"),
-        train=TrainConfig(length=config.length, batch_rows=3, epochs=10.0, max_tokens=config.sft_tokens, seed=config.seed, optim=OptimConfig(lr=3e-4)),
+        train=TrainConfig(length=config.length, batch_rows=2, epochs=10.0, max_tokens=config.sft_tokens, seed=config.seed, optim=OptimConfig(lr=3e-4)),
     )  # fmt: skip
     dpo = Dpo(
         out=out, data=(data / "preference.parquet", data / "rollouts_preference.parquet"), nll=0.2,

@@ -20,6 +20,7 @@ from soul.errors import UserError
 from soul.files import read_json, read_text, write_atomic
 
 HERE = Path(__file__).parent
+TITLES = {"stats": "generated", "rollouts_stats": "rollouts"}
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def collect(run: Path, examples: int = 8) -> dict:
         "unverified": results[-1]["unverified"] if results else [],
         "questions": sections.questions(results, examples),
         "data": sections.data(run, files),
-        "yields": [g for path, value in yields.items() for g in sections.stats(value, path.stem.replace("_", " ").removesuffix(" stats"))],
+        "yields": [g for path, value in yields.items() for g in sections.stats(value, TITLES.get(path.stem, path.stem))],
         "training": [sections.training(stage, rows) for stage, rows in logs.items() if rows],
         "stages": sections.stages(read_json(run / "stages.json") if (run / "stages.json").exists() else None),
         "settings": sections.settings(results),

@@ -24,7 +24,7 @@ from soul.template import Template
 
 RULES = (
     "A principle is judged where it can be kept or broken: one about calls on replies with a call, one about last words on replies "
-    "without. A reply without prose, or with control tokens out of place, fails every principle judged on it.",
+    "without. A reply without a word outside code, or with control tokens out of place, fails every principle judged on it.",
     "A reply cut at the token limit is judged on what it said; a call that was cut doesn't end properly.",
     "A prompt that needs a tool and gets no call fails every column of the call.",
     "In its own chat template a base model may write its call as bare JSON, fenced JSON or in tool_call tags; "
@@ -62,6 +62,11 @@ def main(config: Config) -> int:
     from model.ops import enable_compile_cache
     from model.sampler import Sampler
 
+    if config.n < 1 or config.max_new < 1 or config.temperature < 0:
+        raise UserError("--n and --max-new begin at 1, --temperature at 0")
+    models = [find(name) for name in dict.fromkeys(m.strip() for m in config.model.split(",")) if name]
+    if not models:
+        raise UserError("no model given", where="--model", fix="Name at least one.")
     enable_compile_cache()
     soul = load_soul(config.soul)
     ready = config.tasks.endswith(".parquet")
@@ -69,16 +74,14 @@ def main(config: Config) -> int:
     trained_on = sorted(config.out.glob("data/**/*.parquet"))
     rows = [row for path in trained_on for row in read_rows(path)]
     results: list[dict] = []
-    for model in dict.fromkeys(m.strip() for m in config.model.split(",") if m.strip()):
-        for name, template in contestants(path := find(model), {r["name"] for r in results}):
+    for path in models:
+        for name, template in contestants(path, {r["name"] for r in results}):
             loaded = load_model(path, raw=template == "chatml")
             sampler = Sampler(loaded.model, loaded.tokenizer, batch=config.batch)
             result = evaluate(loaded, sampler, prompts, soul, template=template, name=name, config=config)
-            result["overlap"] = overlap(prompts, rows) if rows else None
+            result["overlap"] = overlap(prompts, rows) if rows and not name.startswith("base") else None
             write_json(config.out / "evals" / f"{name.replace(' ', '-')}.json", result)
             results.append(result)
-    if not results:
-        raise UserError("no model given", where="--model", fix="Name at least one.")
     print_table(results)
     return 0
 
@@ -105,7 +108,9 @@ def evaluate(loaded, sampler, prompts: list[Prompt], soul: Soul, *, template: st
         count = itertools.count(1)
         done = sampler.generate(ids, **how, on_done=lambda *_: update(next(count)))
     items = [judge(p, c, loaded.tokenizer, soul, template) for p, c in zip(prompts, done)]
-    chores = [p for p in prompts if p.verify][: config.loops if template == "soulsmith" else 0]
+    # without one valid first call there is no work to watch, only minutes to lose
+    able = template == "soulsmith" and any(i["columns"].get("valid") for i in items)
+    chores = [p for p in prompts if p.verify][: config.loops if able else 0]
     how = {"temperature": config.temperature, "seed": config.seed, "what": f"{name} at work"}
     loops = run_loops(loaded.tokenizer, sampler, chores, **how) if chores else []
     return {
@@ -149,7 +154,8 @@ def judge(prompt: Prompt, completion, tokenizer, soul: Soul, template: str) -> d
     else:
         reply, problems = parse_chat_reply(tokenizer.decode(completion.ids))
         finished = True  # the stop string of parse_chat_reply's harness
-    checks = judge_soul(soul, prompt.messages, reply, usable=not syntax_faults(reply, problems))
+    usable = not syntax_faults(reply, problems)
+    checks = judge_soul(soul, prompt.messages, reply, usable=usable)
     columns = {ALL: all(checks.values())} if checks else {}
     calls = [(conversation.name_of(c), conversation.arguments(c)) for c in conversation.calls_of(reply)]
     result = None
@@ -168,6 +174,7 @@ def judge(prompt: Prompt, completion, tokenizer, soul: Soul, template: str) -> d
         "remark": reply["content"],
         "calls": [{"name": name, "args": args} for name, args in calls],
         "problems": problems,
+        "usable": usable,
         "finish": completion.finish,
         "tokens": len(completion.ids),
         "checks": checks,

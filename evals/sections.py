@@ -113,7 +113,8 @@ def data(run: Path, files: list[Path]) -> dict:
         revision = revision or next((r for r in accepted if {"draft", "critique"} <= {s["stage"] for s in r["trail"]}), None)
         rollout = rollout or next((r for r in accepted if any(m["role"] == "tool" for m in r.get("messages", []))), None)
     shown = [_message(m) for m in rollout["messages"][:24]] if rollout else None
-    return {"files": listed, "revision": revision and _revision(revision), "rollout": shown}
+    kept = sum(f["rows"] for f in listed if f["name"].stem != "rejected")
+    return {"files": listed, "rows": kept, "revision": revision and _revision(revision), "rollout": shown}
 
 
 def _revision(row: dict) -> dict:

@@ -58,7 +58,7 @@ def save(directory: str | Path, step: int, state: dict, keep: int = 2) -> Path:
     import orbax.checkpoint as ocp
 
     root = Path(directory).absolute() / "checkpoints"
-    final, partial = root / str(step), root / f".{step}.partial"
+    final, partial, ready = root / str(step), root / f".{step}.partial", root / f".{step}.ready"
     try:
         root.mkdir(parents=True, exist_ok=True)
         for old in root.glob(".*.partial"):
@@ -67,9 +67,10 @@ def save(directory: str | Path, step: int, state: dict, keep: int = 2) -> Path:
             for item, tree in state.items():
                 checkpointer.save(partial / item, tree)
                 checkpointer.wait_until_finished()
+        os.replace(partial, ready)
         if final.exists():
             os.replace(final, root / f".{step}.old.partial")
-        os.replace(partial, final)
+        os.replace(ready, final)
         for old in steps(directory)[: -keep or None]:
             os.replace(root / str(old), root / f".{old}.old.partial")
         for old in root.glob(".*.partial"):
@@ -84,6 +85,9 @@ def save(directory: str | Path, step: int, state: dict, keep: int = 2) -> Path:
 def steps(directory: str | Path) -> list[int]:
     """The complete steps of a checkpoint directory, in order."""
     root = Path(directory) / "checkpoints"
+    for ready in root.glob(".*.ready"):  # killed between the two renames that replace a step: it is whole
+        if not (final := root / ready.name.split(".")[1]).exists():
+            os.replace(ready, final)
     return sorted(int(p.name) for p in root.iterdir() if p.name.isdigit()) if root.is_dir() else []
 
 

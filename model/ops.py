@@ -1,4 +1,4 @@
-"""The decoder's arithmetic: products, norm, RoPE, attention, and log-probabilities that never hold full logits."""
+"""The decoder's arithmetic: products, norm, RoPE, and log-probabilities that never hold full logits."""
 
 import functools
 import os
@@ -85,15 +85,6 @@ def rms_norm(x, gain, eps: float) -> jax.Array:
     return (x32 * scale * gain.astype(F32).reshape((1,) * (x.ndim - 1) + gain.shape)).astype(x.dtype)
 
 
-def segment_positions(shape, segments_bt=None) -> jax.Array:
-    """Positions that restart at 0 wherever the segment id changes."""
-    at_bt = jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32)[None], shape)
-    if segments_bt is None:
-        return at_bt
-    new_bt = jnp.pad(segments_bt[:, 1:] != segments_bt[:, :-1], ((0, 0), (1, 0)))
-    return at_bt - lax.cummax(jnp.where(new_bt, at_bt, 0), axis=1)
-
-
 def rope_table(positions_bt, d_head: int, theta: float) -> tuple[jax.Array, jax.Array]:
     """cos and sin, each B×T×1×(h/2) in fp32."""
     freq_h = theta ** (-jnp.arange(0, d_head, 2, dtype=F32) / d_head)
@@ -108,29 +99,46 @@ def rope(x_bthk, table) -> jax.Array:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_bthk.dtype)
 
 
-def attention(q_bthk, k_bskh, v_bskh, segments_bt=None, compute: str = "fp32") -> jax.Array:
-    """Causal grouped-query attention within equal segments -> B×T×H×h. Query head j reads kv head j // (H/K)."""
-    b, t, heads, d_head = q_bthk.shape
-    kv = k_bskh.shape[2]
-    q = q_bthk.reshape(b, t, kv, heads // kv, d_head) * d_head ** -0.5
-    scores = jnp.einsum("btkgh,bskh->bkgts", q, k_bskh, preferred_element_type=F32)
-    mask = jnp.tril(jnp.ones((t, t), bool))[None]
-    if segments_bt is not None:
-        mask = mask & (segments_bt[:, :, None] == segments_bt[:, None, :])
-    p = jax.nn.softmax(jnp.where(mask[:, None, None], scores, -1e30), axis=-1)
-    return jnp.einsum("bkgts,bskh->btkgh", p, v_bskh).reshape(b, t, heads, d_head)
-
-
 def token_logprobs(x_nd, head_vd, targets_n, compute: str = "fp32", chunk: int = 256) -> jax.Array:
-    """log p(target) per row, fp32, from hidden states and the V×D head; logits exist for `chunk` rows at a time."""
+    """log p(target) per row, fp32, from hidden states and the V×D head; logits exist for `chunk` rows at a time, also backward."""
     n = x_nd.shape[0]
-    pad = -n % chunk
-    x = jnp.pad(x_nd, ((0, pad), (0, 0))).reshape(-1, chunk, x_nd.shape[1])
-    t = jnp.pad(targets_n, (0, pad)).reshape(-1, chunk)
-    return lax.map(jax.checkpoint(lambda c: _chunk_logprobs(c[0], head_vd, c[1], compute)), (x, t)).reshape(-1)[:n]
+    chunk = min(chunk, n)
+    x = jnp.pad(x_nd, ((0, -n % chunk), (0, 0))).reshape(-1, chunk, x_nd.shape[1])
+    targets = jnp.pad(targets_n, (0, -n % chunk)).reshape(-1, chunk)
+    return _logprobs(x, head_vd, targets, compute).reshape(-1)[:n]
 
 
-def _chunk_logprobs(x_cd, head_vd, targets_c, compute):
-    logits_cv = matmul(x_cd, head_vd, compute, True)
-    hit = jnp.take_along_axis(logits_cv, targets_c[:, None], axis=1)[:, 0]
-    return hit - jax.nn.logsumexp(logits_cv, axis=1)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _logprobs(x_icd, head_vd, targets_ic, compute):
+    return _logprobs_fwd(x_icd, head_vd, targets_ic, compute)[0]
+
+
+def _logprobs_fwd(x_icd, head_vd, targets_ic, compute):
+    kind = BF16 if compute == "bf16" else F32
+    x, head = x_icd.astype(kind), head_vd.astype(kind)
+
+    def one(part):
+        logits_cv = _dot(part[0], head, 1, 1)
+        return jnp.take_along_axis(logits_cv, part[1][:, None], axis=1)[:, 0], jax.nn.logsumexp(logits_cv, axis=1)
+
+    hit_ic, lse_ic = lax.map(one, (x, targets_ic))
+    return hit_ic - lse_ic, (x, head_vd, targets_ic, lse_ic, jnp.zeros((), x_icd.dtype))
+
+
+def _logprobs_bwd(compute, kept, g_ic):
+    """One pass per chunk: logits again, their gradient g·(1[target] - p), and from it both products."""
+    x_icd, head_vd, targets_ic, lse_ic, like_x = kept
+    head = head_vd.astype(x_icd.dtype)
+    vocab = jnp.arange(head.shape[0], dtype=targets_ic.dtype)[None]
+
+    def one(dhead_vd, part):
+        x, target, lse, g = part
+        p_cv = jnp.exp(_dot(x, head, 1, 1) - lse[:, None])
+        d_cv = (g[:, None] * ((vocab == target[:, None]).astype(F32) - p_cv)).astype(x.dtype)
+        return dhead_vd + _dot(_row_major(d_cv.T), x, 1, 0), _dot(d_cv, head, 1, 0)
+
+    dhead_vd, dx_icd = lax.scan(one, jnp.zeros(head.shape, F32), (x_icd, targets_ic, lse_ic, g_ic))
+    return dx_icd.astype(like_x.dtype), dhead_vd.astype(head_vd.dtype), None
+
+
+_logprobs.defvjp(_logprobs_fwd, _logprobs_bwd)

@@ -12,6 +12,7 @@ from flax import nnx
 from jax.nn.initializers import Initializer, normal, ones, zeros
 
 from model import ops
+from model.attention import attention, segment_starts
 from model.config import ModelConfig
 
 
@@ -84,10 +85,10 @@ class Decoder(nnx.Module):
         """
         c = self.config
         if positions_bt is None:
-            positions_bt = ops.segment_positions(ids_bt.shape, segments_bt)
+            positions_bt = jnp.arange(ids_bt.shape[1], dtype=jnp.int32)[None] - segment_starts(ids_bt.shape, segments_bt)
         if attend is None:
             def attend(_, q, k, v):
-                return ops.attention(q, k, v, segments_bt, compute=self.compute)
+                return attention(q, k, v, segments_bt, compute=self.compute)
         rotate = ops.rope_table(positions_bt, c.d_head, c.rope_theta)
         x_btd = self.embed[...][ids_bt].astype(jnp.float32) if x_btd is None else x_btd
         for i, layer in enumerate(self.layers):

@@ -11,13 +11,15 @@ from soul.console import output, plain
 from soul.files import read_text
 from soul.spec import Soul, conflicts, load_soul, run_checks
 
+DEFAULT_SOUL = Path(__file__).with_name("SOUL.md")
+
 
 @dataclass(frozen=True)
 class Config:
     """Print a SOUL.md's principles and checks, what is unverified, visible conflicts, and hashes."""
 
-    file: tyro.conf.Positional[Path] = Path("soul/SOUL.md")
-    """The SOUL.md to check."""
+    file: tyro.conf.Positional[Path] = DEFAULT_SOUL
+    """The SOUL.md to check; the default soul when left out."""
     reply: Path | None = None
     """A text file with one reply, held against the checks."""
 

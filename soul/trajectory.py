@@ -6,7 +6,7 @@ import re
 from soul.prose import words
 from soul.registry import Reply, assistants, calls_of, check
 
-_NOT_UNIQUE = re.compile(r"error:.*\bold_string\b|error:.*(?:not found in|occurs \d+|no match)", re.IGNORECASE)
+_NOT_UNIQUE = re.compile(r"error: old_string (?:not found|occurs) ")  # the words of the Edit tool
 _REFUSED = ("error:", "rejected by user")
 
 

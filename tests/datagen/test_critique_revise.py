@@ -129,8 +129,18 @@ def test_a_cut_draft_may_be_revised_but_never_pairs():
     assert rows["rejected"]["reason"] == "draft: truncated"
 
 
-@pytest.mark.parametrize("revision", ["Sorry, here it is.", "the revised reply: hi", "as revised, hi", "my draft was long", "<reply>hi</reply>",
-                                      "I cannot help with that", ("truncated", "cut")])  # fmt: skip
+@pytest.mark.parametrize(
+    "revision",
+    [
+        "Sorry, here it is.",
+        "the revised reply: hi",
+        "as revised, hi",
+        "my draft was long",
+        "<reply>hi</reply>",
+        "I cannot help with that",
+        ("truncated", "cut"),
+    ],
+)
 def test_a_revision_that_gives_itself_away_is_refused_counted_and_asked_again(revision):
     script = Script(draft=[LONG], revise=[revision, "a warm reply."])
     rows, _ = make(script)
@@ -171,6 +181,11 @@ def test_of_several_drafts_the_best_goes_on_and_the_worst_is_the_other_side():
     assert [replicate for stage, _, replicate in script.said if stage == "draft"] == [0, 1, 2]
     assert rows["sft"]["messages"][-1]["content"] == "short one." and rows["preference"]["rejected"][0]["content"].startswith("A SHORT")
     assert rows["preference"]["principles"] == ["lower", "short"]
+
+
+def test_two_clean_drafts_are_no_pair():
+    rows, _ = make(Script(draft=["short one.", "short two."]), samples=2)
+    assert set(rows) == {"sft"}
 
 
 def test_keep_last_best_and_all_differ():

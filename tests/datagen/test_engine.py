@@ -74,7 +74,7 @@ def test_a_changed_recipe_replays_the_calls_it_shares(tmp_path):
 
 def test_attempts_are_byte_identical_and_bounded(tmp_path):
     teacher = FakeTeacher(lambda body, n: answer("", 500) if n < 3 else "fine")
-    _, engine, rows = run(tmp_path, teacher, count=3)
+    _, _, rows = run(tmp_path, teacher, count=3)
     assert outcomes(rows) == ["ok"] and len(teacher.sent) == 9 and len(set(teacher.sent)) == 3
     teacher = FakeTeacher(lambda body, n: answer(completion("")) if body["messages"][0]["content"] == "q1" else "fine")
     _, _engine, rows = run(tmp_path / "b", teacher, count=3)
@@ -105,6 +105,25 @@ def test_rate_limits_wait_as_told_cost_no_attempt_and_close_the_gate_once(tmp_pa
     _, _engine, rows = run(tmp_path, teacher, count=1, clock=clock)
     assert outcomes(rows) == ["ok"] and clock.now - start == pytest.approx(140)
     assert Journal(tmp_path).ledger()[0]["attempts"] == 1
+
+
+def test_a_burst_without_a_time_doubles_the_wait_once(tmp_path):
+    clock, start = Clock(), Clock().now
+    teacher = FakeTeacher(lambda body, n: answer(LIMIT, 429) if n == 1 else "fine")
+    run(tmp_path, teacher, count=4, clock=clock)
+    assert 0.5 <= clock.now - start < 8
+
+
+def test_an_interrupt_stops_rows_that_make_no_call(tmp_path):
+    engines = []
+
+    async def recipe(seed, call):
+        if seed.id == "row5":
+            engines[0].interrupt()
+        return []
+
+    done, _, rows = run(tmp_path, FakeTeacher(), count=50, recipe=recipe, prepare=engines.append)
+    assert not done and len(rows) < 20
 
 
 def test_a_burst_of_limits_waits_once(tmp_path):
@@ -171,7 +190,7 @@ def test_first_interrupt_drains_and_the_next_run_finishes(tmp_path):
 
     held_engine = []
     teacher = FakeTeacher(reply)
-    done, engine, rows = run(tmp_path, teacher, count=20, prepare=held_engine.append)
+    done, _, rows = run(tmp_path, teacher, count=20, prepare=held_engine.append)
     assert not done and len(teacher.sent) <= 4 and len(rows) == len(teacher.sent)
     rest = FakeTeacher()
     done, _engine, rows = run(tmp_path, rest, count=20)

@@ -8,7 +8,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import textwrap
 import threading
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from datagen.teachers import open_teacher
 from soul.errors import UserError
 from soul.rows import read_rows
 
+ROOT = Path(__file__).parents[2]
 SOUL = "# moss\n\n## Principles\n\n- writes in lowercase. <!-- id: lower; check: lowercase_prose -->\n- is warm. <!-- id: warm -->\n"
 JUDGED = json.dumps([{"principle": "warm", "quote": "", "why": "", "verdict": "ok"}])
 
@@ -129,14 +129,14 @@ def test_what_decides_a_row_computes_it_again(given, fake, edit):
 
 
 def child(given, url):
-    code = """
-        import sys; from pathlib import Path; from datagen.generate import Config, command, main, resume_command
-        folder = Path(sys.argv[1])
-        sys.exit(main(Config(seeds=folder / "seeds.jsonl", teacher=sys.argv[2], out=folder / "run", soul=folder / "SOUL.md", concurrency=4)))
+    code = """if True:
+        import sys
+        from pathlib import Path
+        from datagen.generate import Config, main
+        at = Path(sys.argv[1])
+        sys.exit(main(Config(seeds=at / "seeds.jsonl", teacher=sys.argv[2], out=at / "run", soul=at / "SOUL.md", concurrency=4)))
     """
-    return subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(code), str(given), url], stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]
-    )
+    return subprocess.Popen([sys.executable, "-c", code, str(given), url], stderr=subprocess.PIPE, text=True, cwd=ROOT)
 
 
 def wait_for(fake, count):

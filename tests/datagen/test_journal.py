@@ -62,7 +62,14 @@ def test_unknown_cost_is_not_zero(tmp_path):
 
 def test_second_process_is_refused_and_named(tmp_path):
     journal = Journal(tmp_path)
-    script = "from datagen.journal import Journal\nfrom soul.errors import UserError\nimport sys\ntry: Journal(sys.argv[1])\nexcept UserError as e: print(e)"
+    script = """if True:
+        import sys
+        from datagen.journal import Journal
+        try:
+            Journal(sys.argv[1])
+        except Exception as error:
+            print(error)
+    """
     told = subprocess.run([sys.executable, "-c", script, tmp_path], capture_output=True, text=True, check=True).stdout
     assert f"pid {os.getpid()}" in told and str(tmp_path) in told
     journal.close()

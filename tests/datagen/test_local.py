@@ -14,6 +14,7 @@ from datagen.wire import classify
 from model.chatml import chatml_stops, encode_chatml
 from model.config import ModelConfig
 from model.load import Loaded
+from model.sampler import Sampler
 from model.transformer import Decoder
 from soul.errors import UserError
 
@@ -139,8 +140,9 @@ def test_a_model_that_cannot_be_loaded_reaches_everyone_who_waits(monkeypatch):
         ask(LocalTeacher("nope"), ["a", "b", "c"])
 
 
-def test_what_nobody_waits_for_is_dropped(loads):
-    teacher = LocalTeacher("tiny", batch=4)
+def test_what_nobody_waits_for_is_dropped(loads, monkeypatch):
+    teacher, steps, step = LocalTeacher("tiny", batch=4), [], Sampler.step
+    monkeypatch.setattr(Sampler, "step", lambda self: steps.append(1) or step(self))
 
     async def go():
         sampling = {"temperature": 0.0, "top_p": 1.0, "max_tokens": 200, "replicate": 0}
@@ -152,6 +154,7 @@ def test_what_nobody_waits_for_is_dropped(loads):
         return await asyncio.gather(*tasks, return_exceptions=True)
 
     assert all(isinstance(result, asyncio.CancelledError) for result in asyncio.run(go()))
+    assert len(steps) < 50  # writing all of them takes 250
 
 
 def test_the_weights_are_in_the_key(tmp_path):

@@ -11,12 +11,22 @@ from soul.errors import UserError
 
 VALUES = {
     "generate": {"soul": "SOUL"},
-    "critique": {"soul": "SOUL", "request": "REQUEST", "reply": "REPLY", "known": [{"principle": "short", "why": "90 words"}],
-                 "principles": [{"id": "short", "text": "keeps it short."}]},
-    "revise": {"soul": "SOUL", "request": "REQUEST", "reply": "REPLY", "faults": [{"principle": "keeps it short.", "quote": "blah", "why": "90 words"}]},
+    "critique": {
+        "soul": "SOUL",
+        "request": "REQUEST",
+        "reply": "REPLY",
+        "known": [{"principle": "short", "why": "90 words"}],
+        "principles": [{"id": "short", "text": "keeps it short."}],
+    },
+    "revise": {
+        "soul": "SOUL",
+        "request": "REQUEST",
+        "reply": "REPLY",
+        "faults": [{"principle": "keeps it short.", "quote": "blah", "why": "90 words"}],
+    },
     "judge": {"soul": "SOUL", "request": "REQUEST", "reply_a": "ONE", "reply_b": "TWO"},
     "repair_json": {"text": "[{", "problem": "Expecting value"},
-}  # fmt: skip
+}
 
 
 def flat(value):
@@ -60,6 +70,13 @@ def test_values_are_inert_and_arrive_whole(request, reply):
 PROMPTS = Prompts()
 
 
+def test_the_small_set_asks_for_one_thing_and_falls_back_for_the_rest():
+    prompts = Prompts("small")
+    system, user = prompts.render("revise", **VALUES["revise"])
+    assert user["content"] == "REPLY" and "Mind: keeps it short. (blah) (90 words)" in system["content"] and "SOUL" not in system["content"]
+    assert prompts.render("judge", **VALUES["judge"]) == PROMPTS.render("judge", **VALUES["judge"])
+
+
 @pytest.fixture
 def folder(tmp_path):
     (tmp_path / "judge.j2").write_text("{% block user %}\n{{ soul }} {{ request }} {{ reply_a }} {{ reply_b }}\n{% endblock %}\n")
@@ -69,6 +86,8 @@ def folder(tmp_path):
 def test_a_folder_overrides_single_templates_and_changes_the_hash(folder):
     prompts = Prompts(folder)
     assert prompts.render("judge", **VALUES["judge"]) == [{"role": "user", "content": "SOUL REQUEST ONE TWO"}]
+    edges = VALUES["judge"] | {"soul": "\n SOUL", "reply_b": "TWO \n\n"}
+    assert prompts.render("judge", **edges)[0]["content"] == "\n SOUL REQUEST ONE TWO \n\n"
     assert prompts.render("generate", soul="SOUL") == PROMPTS.render("generate", soul="SOUL")
     assert prompts.hash != PROMPTS.hash == Prompts().hash
     copy = folder / "copy"

@@ -19,7 +19,7 @@ def result(name, *, k=1, n=3, text="on it."):
     items = [
         {
             "id": f"t{i}", "kind": "find", "prompt": f"where is x{i}? {text}", "text": text, "remark": text,
-            "calls": [{"name": "Grep", "args": {"pattern": text}}], "problems": [], "finish": "stop", "tokens": 9,
+            "calls": [{"name": "Grep", "args": {"pattern": text}}], "problems": [], "usable": True, "finish": "stop", "tokens": 9,
             "checks": {"lowercase": i < k}, "columns": columns[i], "result": None,
         }
         for i in range(n)

@@ -104,7 +104,8 @@ def test_a_principle_is_judged_only_where_it_can_be_broken():
     assert judge_soul(soul, [user("go")], assistant("reading.", read)) == {"a": True, "c": True}
     assert judge_soul(soul, [user("go")], assistant("editing.", edit)) == {"a": True, "c": False}
     assert judge_soul(soul, [user("go")], assistant("shall i?")) == {"b": False}
-    assert judge_soul(soul, [user("go")], assistant("", read)) == {"a": False, "c": False}
+    for silence in ("", " \n", "`a.py`.", "```python\nprint('Hello there')\n```"):
+        assert judge_soul(soul, [user("go")], assistant(silence, read)) == {"a": False, "c": False}, silence
 
 
 def test_a_reply_with_control_tokens_out_of_place_is_none(tmp_path):

@@ -279,7 +279,7 @@ CASES = {
         {},
         [
             [assistant("b", EDIT), tool("    1→y")],
-            [assistant("b", EDIT), tool("error: a.py changed since it was read")],
+            [assistant("b", EDIT), tool("error: old_string and new_string are the same")],
             [assistant("r", READ), tool("error: old_string occurs 2 times")],
         ],
         [
@@ -427,9 +427,11 @@ def test_mask_keeps_offsets_and_everything_outside_code(text):
 
 
 def test_masks_code_and_nothing_else():
-    text = "See `A` and ``B ` C`` in src/A.py, (HTTPServer) $HOME --Flag SHA256 X=1 jax.numpy.Array Foo() but Not/This or JSON."
+    text = (
+        "See `A` and ``B ` C`` in src/A.py, (HTTPServer) $HOME --Flag SHA256 X=1 jax.numpy.Array Foo() src/Net/Server but Not/This or JSON."
+    )
     kept = "".join(c for c in mask(text) if c != CODE)
-    assert kept == "See  and  in , ()       but Not/This or JSON."
+    assert kept == "See  and  in , ()        but Not/This or JSON."
     assert mask("a\n```\nX\n\n~~~\n```\nB") == "a\n" + "\n" * 15 + "B"
     assert mask("a `B\n\nC` d") == "a `B\n\nC` d"  # a code span does not cross paragraphs
 

@@ -93,6 +93,11 @@ def test_section_names(heading):
     assert [p.text for p in soul.principles] == ["yes"]
 
 
+def test_a_bullet_goes_on_in_indented_lines():
+    soul = parse_soul("## Rules\n- a\n  b\n\n  c <!-- id: abc -->\n\nnot d\n- e\n\n---\n\n* f")
+    assert [(p.id, p.text) for p in soul.principles] == [("abc", "a b c"), ("e", "e"), ("f", "f")] and soul.voice == "not d"
+
+
 def test_ids_of_any_script_and_of_none():
     soul = parse_soul("## Rules\n- 简短 回答\n- Don't stop\n- !!!\n- don't stop <!-- id: dont-stop -->")
     assert [p.id for p in soul.principles] == ["简短-回答", "dont-stop-2", "principle-4", "dont-stop"]
@@ -318,7 +323,7 @@ def test_conflicts_are_seen(one, other, what):
 
 def test_no_conflict_where_there_is_none():
     soul = parse_soul(
-        '## Rules\n- a <!-- check: lowercase_prose; check: require_opening("arr"); check: no_question_in_final_turn; check: max_words(9) -->\n'
+        '## Rules\n- a <!-- check: lowercase_prose; check: require_opening("arr"); check: no_question_in_final_turn -->\n'
         '- b <!-- check: min_words(3); check: max_sentences(1); check: forbid("bar"); check: require_opening("ok?", "arr") -->'
     )
     assert conflicts(soul) == []
