@@ -1,21 +1,26 @@
 """`soulsmith quickstart`: the whole loop on one machine, with no key and no GPU.
 
-Each stage is a command that anyone could have typed; this file only orders them, skips what is done, and keeps the time.
+Each stage is a command that anyone could have typed, in a process of its own (so its memory goes when it ends: training
+needs most of 8 GB); this file only orders them, skips what is done, and keeps the time.
 A stage's key covers its settings, the SOUL and every stage before it, so an edited SOUL runs again from the first stage
 that it touches, and a run that was stopped goes on where it stood.
 """
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import soulsmith
 from soul.console import console, plain
 from soul.files import read_json, sha256_json, write_atomic, write_json
 from soul.spec import Soul, load_soul
-from soulsmith import config_to_json, run_command
+from soulsmith import config_to_json
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,7 @@ class Config:
     """Tokens of supervised fine-tuning."""
     dpo_tokens: int = 24_000
     """Tokens of preference tuning, both branches counted."""
-    length: int = 384
+    length: int = 640
     """Tokens per packed row."""
     prompts: int = 60
     """Held-out prompts of the evals."""
@@ -61,10 +66,7 @@ class Stage:
 
 def main(config: Config) -> int:
     soul = load_soul(config.soul)
-    try:
-        return _run(stages(config, soul), config, soul)
-    except KeyboardInterrupt:
-        return _stopped(config)
+    return _run(stages(config, soul), config, soul)
 
 
 def stages(config: Config, soul: Soul) -> list[Stage]:
@@ -90,19 +92,19 @@ def stages(config: Config, soul: Soul) -> list[Stage]:
     convert = Convert(soul=config.soul, out=out, n=config.rollouts, seed=config.seed)
     sft = Sft(
         out=out, model=config.base, data=(data / "sft.parquet", data / "rollouts.parquet"),
-        train=TrainConfig(length=config.length, batch_rows=2, epochs=10.0, max_tokens=config.sft_tokens, seed=config.seed, optim=OptimConfig(lr=3e-4)),
+        train=TrainConfig(length=config.length, batch_rows=1, epochs=10.0, max_tokens=config.sft_tokens, seed=config.seed, optim=OptimConfig(lr=3e-4)),
     )  # fmt: skip
     dpo = Dpo(
         out=out, data=(data / "preference.parquet", data / "rollouts_preference.parquet"), nll=0.2,
-        train=TrainConfig(length=config.length, batch_rows=2, epochs=1.0, max_tokens=config.dpo_tokens, seed=config.seed, optim=OptimConfig(lr=1e-5, warmup=0.1)),
+        train=TrainConfig(length=config.length, batch_rows=1, epochs=1.0, max_tokens=config.dpo_tokens, seed=config.seed, optim=OptimConfig(lr=1e-5, warmup=0.1)),
     )  # fmt: skip
     evals = Eval(model=f"{config.base},{out / 'sft'},{out / 'dpo'}", soul=config.soul, n=config.prompts, loops=config.loops, out=out, seed=config.seed)
 
     def command(name: str, title: str, minutes: float, settings: object, *makes: str) -> Stage:
-        return Stage(name, title, minutes, config_to_json(settings), lambda: run_command(name, settings), makes)
+        return Stage(name, title, minutes, config_to_json(settings), lambda: run_command(name, settings, config.out), makes)
 
     return [
-        command("pull", f"fetch {config.base}", 0.3, Pull(name=config.base)),
+        *([] if Path(config.base).is_dir() else [command("pull", f"fetch {config.base}", 0.3, Pull(name=config.base))]),
         Stage("seeds", "requests from the Python installation's functions", 0.1, [config.chat_seeds, config.seed], lambda: write_seeds(config), ("seeds.jsonl",)),
         command("generate", "generate, critique, revise", 2.0, generate, "data/sft.parquet", "data/preference.parquet"),
         command("convert", "tool rollouts, really executed", 0.2, convert, "data/rollouts.parquet", "data/rollouts_preference.parquet"),
@@ -113,6 +115,17 @@ def stages(config: Config, soul: Soul) -> list[Stage]:
     ]
 
 
+def run_command(name: str, settings: object, out: Path) -> int:
+    """`soulsmith NAME --config OUT/NAME.json` as a child; gives its exit code. Ctrl-C reaches the child, which saves and ends."""
+    saved = out / f"{name}.json"
+    write_json(saved, config_to_json(settings))
+    before = signal.signal(signal.SIGINT, lambda *_: None)  # a handler, not SIG_IGN: that the child would inherit
+    try:
+        return subprocess.Popen([sys.executable, soulsmith.__file__, name, "--config", str(saved)]).wait()
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def write_seeds(config: Config) -> int:
     from datagen.code_seeds import chat_seeds, read_code, split
 
@@ -121,45 +134,55 @@ def write_seeds(config: Config) -> int:
     return 0
 
 
+class Record:
+    """OUT/stages.json: what each stage's key was, whether it is done, and the seconds it took over all attempts."""
+
+    def __init__(self, path: Path, todo: list[Stage], soul: Soul):
+        self.path, self.todo, self.keys, key = path, todo, {}, soul.hash
+        for stage in todo:
+            self.keys[stage.name] = key = sha256_json([key, stage.name, stage.settings])
+        saved = read_json(path) if path.exists() else []
+        self.entries = {entry["name"]: entry for entry in saved if entry["key"] == self.keys.get(entry["name"])}
+
+    def done(self, stage: Stage) -> bool:
+        return self.entries.get(stage.name, {}).get("done", False)
+
+    def begun(self, stage: Stage) -> bool:
+        return stage.name in self.entries
+
+    def seconds(self, stage: Stage) -> float:
+        return self.entries.get(stage.name, {}).get("seconds", 0.0)
+
+    def put(self, stage: Stage, seconds: float, done: bool = False) -> None:
+        self.entries[stage.name] = {"name": stage.name, "title": stage.title, "key": self.keys[stage.name], "done": done, "seconds": round(seconds, 1)}
+        write_json(self.path, [self.entries[stage.name] for stage in self.todo if stage.name in self.entries])
+
+
 def _run(todo: list[Stage], config: Config, soul: Soul) -> int:
-    record = config.out / "stages.json"
-    done = {entry["name"]: entry for entry in (read_json(record) if record.exists() else [])}
-    key, pace, pending = soul.hash, 1.0, {}
-    for stage in todo:
-        key = sha256_json([key, stage.name, stage.settings])
-        pending[stage.name] = key
+    record, pace = Record(config.out / "stages.json", todo, soul), 1.0
     for number, stage in enumerate(todo):
-        before = done.get(stage.name, {})
-        same = before.get("key") == pending[stage.name]
-        left = sum(later.minutes * pace for later in todo[number:] if done.get(later.name, {}).get("key") != pending[later.name] or not done[later.name].get("done"))
-        if same and before.get("done"):
-            console.print(plain(f"[{number + 1}/{len(todo)}] {stage.title}: done before ({before['seconds']:.0f} s)", "dim"))
+        label = f"[{number + 1}/{len(todo)}] {stage.title}"
+        if record.done(stage):
+            console.print(plain(f"{label}: done before ({record.seconds(stage):.0f} s)", "dim"))
             continue
-        if not same:
+        left = pace * sum(later.minutes for later in todo[number:])
+        console.print(plain(f"{label} · about {max(1, round(left))} min left", "bold"))
+        if not record.begun(stage):
             _clear(config.out, stage)
-        console.print(plain(f"[{number + 1}/{len(todo)}] {stage.title} · about {left:.0f} min left" if left >= 1 else f"[{number + 1}/{len(todo)}] {stage.title}", "bold"))
-        spent = before.get("seconds", 0.0) if same else 0.0
-        started = time.monotonic()
-        done[stage.name] = {"name": stage.name, "title": stage.title, "key": pending[stage.name], "done": False, "seconds": spent}
-        _save(record, todo, done)
+        spent, started = record.seconds(stage), time.monotonic()
+        record.put(stage, spent)
         try:
             code = stage.run()
         finally:
             seconds = time.monotonic() - started
-            done[stage.name]["seconds"] = round(spent + seconds, 1)
-            _save(record, todo, done)
+            record.put(stage, spent + seconds)
         if code:
-            return _stopped(config) if code == 130 else code
-        done[stage.name]["done"] = True
-        _save(record, todo, done)
+            return _stopped(config, code)
+        record.put(stage, spent + seconds, done=True)
         if seconds > 20:  # a short stage says nothing about this machine's speed
             pace = seconds / 60 / stage.minutes
-    _tell(config, done)
+    _tell(config, sum(map(record.seconds, todo)) / 60)
     return 0
-
-
-def _save(record: Path, todo: list[Stage], done: dict[str, dict]) -> None:
-    write_json(record, [done[stage.name] for stage in todo if stage.name in done])
 
 
 def _clear(out: Path, stage: Stage) -> None:
@@ -168,13 +191,16 @@ def _clear(out: Path, stage: Stage) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def _stopped(config: Config) -> int:
-    console.print(plain(f"stopped; what is done is kept. Go on with: soulsmith quickstart --config {config.out / 'quickstart.json'}"))
-    return 130
+def _stopped(config: Config, code: int) -> int:
+    if code < 0:
+        hint = ": the machine ran out of memory, most likely" if -code == signal.SIGKILL else ""
+        console.print(plain(f"the stage was killed by {signal.Signals(-code).name}{hint}", "bold red"))
+    if code < 0 or code == 130:
+        console.print(plain(f"stopped; what is done is kept. Go on with: soulsmith quickstart --config {config.out / 'quickstart.json'}"))
+    return code if code > 0 else 1
 
 
-def _tell(config: Config, done: dict[str, dict]) -> None:
-    minutes = sum(entry["seconds"] for entry in done.values()) / 60
+def _tell(config: Config, minutes: float) -> None:
     for label, text in (
         ("report ", config.out / "report.html"),
         ("dataset", f"{config.out / 'data'}  (soulsmith show {config.out})"),
@@ -182,4 +208,3 @@ def _tell(config: Config, done: dict[str, dict]) -> None:
     ):
         console.print(plain(f"{label}  {text}"))
     console.print(plain(f"{minutes:.1f} minutes in all", "dim"))
-

@@ -6,6 +6,7 @@ through `plain`.
 """
 
 import re
+import time
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -14,6 +15,8 @@ from rich.text import Text
 
 console = Console(stderr=True, highlight=False)
 output = Console(highlight=False)
+
+LOG_EVERY = 30.0  # seconds
 
 _BIDI = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 _HIDDEN = re.compile(f"[\x00-\x08\x0b-\x1f\x7f-\x9f{_BIDI}\ud800-\udfff]")
@@ -36,7 +39,10 @@ def plain(text: str, style: str = "") -> Text:
 
 @contextmanager
 def progress(description: str, total: int | None = None, unit: str = "rows"):
-    """Progress on stderr: yields `update(completed, note="")`. Shows count, rate per second, elapsed and time left."""
+    """Progress on stderr: yields `update(completed, note="")`. Shows count, rate per second, elapsed and time left.
+
+    Where stderr is not a terminal (a log file), a plain line every half minute stands in for the bar.
+    """
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
@@ -47,17 +53,22 @@ def progress(description: str, total: int | None = None, unit: str = "rows"):
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
         console=console,
-        transient=False,
+        disable=not console.is_terminal,
     )
     with bar:
         task = bar.add_task(description, total=total, rate="", note="")
-        start: dict[str, float] = {}
+        start, said = {}, time.monotonic()
 
         def update(completed: float, note: str = "") -> None:
-            # what was already there on a resume must not count as speed
-            base = start.setdefault("completed", completed)
-            elapsed = bar.tasks[task].elapsed or 0.0
-            rate = (completed - base) / elapsed if elapsed > 0 and completed > base else 0.0
-            bar.update(task, completed=completed, rate=f"{rate:,.1f} {unit}/s" if rate else "", note=visible(note))
+            nonlocal said
+            now = time.monotonic()
+            base, began = start.setdefault("at", (completed, now))  # what was there before a resume must not count as speed
+            rate = (completed - base) / (now - began) if now > began else 0.0
+            shown = f"{rate:,.1f} {unit}/s" if rate else ""
+            bar.update(task, completed=completed, rate=shown, note=visible(note))
+            if not console.is_terminal and (now - said >= LOG_EVERY or completed == total):
+                said = now
+                left = f"{(total - completed) / rate / 60:.1f} min left" if rate and total and completed < total else ""
+                console.print(plain("  ".join(part for part in (f"{description} {completed:,}/{total or '?'}", shown, left, note) if part)))
 
         yield update

@@ -183,6 +183,11 @@ def test_of_several_drafts_the_best_goes_on_and_the_worst_is_the_other_side():
     assert rows["preference"]["principles"] == ["lower", "short"]
 
 
+def test_a_draft_that_nobody_could_judge_is_no_pair():
+    rows, _ = make(Script(critique=["no idea", OK], repair_json=["none"]), on_failed_critique="reject")
+    assert set(rows) == {"sft"} and rows["sft"]["messages"][-1]["content"] == "a warm reply."
+
+
 def test_two_clean_drafts_are_no_pair():
     rows, _ = make(Script(draft=["short one.", "short two."]), samples=2)
     assert set(rows) == {"sft"}

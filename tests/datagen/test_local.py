@@ -148,13 +148,14 @@ def test_what_nobody_waits_for_is_dropped(loads, monkeypatch):
         sampling = {"temperature": 0.0, "top_p": 1.0, "max_tokens": 200, "replicate": 0}
         tasks = [asyncio.create_task(teacher.send(teacher.request([{"role": "user", "content": f"{n}"}], **sampling))) for n in range(40)]
         await asyncio.sleep(0.01)
-        for task in tasks:
+        for task in tasks[:-1]:
             task.cancel()
+        await tasks[-1]
         await teacher.close()
         return await asyncio.gather(*tasks, return_exceptions=True)
 
-    assert all(isinstance(result, asyncio.CancelledError) for result in asyncio.run(go()))
-    assert len(steps) < 50  # writing all of them takes 250
+    assert all(isinstance(result, asyncio.CancelledError) for result in asyncio.run(go())[:-1])
+    assert len(steps) < 60  # writing all of them takes 250
 
 
 def test_the_weights_are_in_the_key(tmp_path):
