@@ -13,12 +13,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import soulsmith
 from soul.console import console, plain
 from soul.files import read_json, sha256_json, write_atomic, write_json
+from soul.rows import read_rows
 from soul.spec import Soul, load_soul
 from soulsmith import config_to_json
 
@@ -86,8 +87,8 @@ def stages(config: Config, soul: Soul) -> list[Stage]:
     checked = any(principle.checks for principle in soul.principles)
     generate = Generate(
         seeds=out / "seeds.jsonl", teacher=config.teacher, out=out, soul=config.soul, max_tokens=96,
-        # a 135M critic cannot judge: there the checks do, and the teacher revises what they find
-        recipe=CritiqueRevise(rounds=2, keep="best", critic="checks" if checked and config.teacher.startswith("local:") else "teacher", seed=config.seed),
+        # a 135M critic cannot judge: there the checks do; and its drafts often ramble past the limit, so three are written
+        recipe=CritiqueRevise(samples=3, rounds=1, keep="best", critic="checks" if checked and config.teacher.startswith("local:") else "teacher", seed=config.seed),
     )  # fmt: skip
     convert = Convert(soul=config.soul, out=out, n=config.rollouts, seed=config.seed)
     sft = Sft(
@@ -98,7 +99,17 @@ def stages(config: Config, soul: Soul) -> list[Stage]:
         out=out, data=(data / "preference.parquet", data / "rollouts_preference.parquet"), nll=0.2,
         train=TrainConfig(length=config.length, batch_rows=1, epochs=1.0, max_tokens=config.dpo_tokens, seed=config.seed, optim=OptimConfig(lr=1e-5, warmup=0.1)),
     )  # fmt: skip
-    evals = Eval(model=f"{config.base},{out / 'sft'},{out / 'dpo'}", soul=config.soul, n=config.prompts, loops=config.loops, out=out, seed=config.seed)
+    evals = Eval(model=config.base, soul=config.soul, n=config.prompts, loops=config.loops, out=out, seed=config.seed)
+
+    def evaluate() -> int:
+        tuned = [str(out / name) for name in ("sft", "dpo") if (out / name / "config.json").exists()]
+        return run_command("eval", replace(evals, model=",".join([config.base, *tuned])), out)
+
+    def prefer() -> int:
+        if any(len(read_rows(path)) for path in dpo.data):
+            return run_command("dpo", dpo, out)
+        console.print(plain("no preference pairs: none of this SOUL's checks tells two replies apart, so this stage is left out"))
+        return 0
 
     def command(name: str, title: str, minutes: float, settings: object, *makes: str) -> Stage:
         return Stage(name, title, minutes, config_to_json(settings), lambda: run_command(name, settings, config.out), makes)
@@ -109,8 +120,8 @@ def stages(config: Config, soul: Soul) -> list[Stage]:
         command("generate", "generate, critique, revise", 2.0, generate, "data/sft.parquet", "data/preference.parquet"),
         command("convert", "tool rollouts, really executed", 0.2, convert, "data/rollouts.parquet", "data/rollouts_preference.parquet"),
         command("sft", "supervised fine-tuning", 6.0, sft, "sft"),
-        command("dpo", "preference tuning", 2.0, dpo, "dpo"),
-        command("eval", "evals on held-out prompts, before and after", 3.5, evals, "evals"),
+        Stage("dpo", "preference tuning", 2.0, config_to_json(dpo), prefer, ("dpo",)),
+        Stage("eval", "evals on held-out prompts, before and after", 3.5, config_to_json(evals), evaluate, ("evals",)),
         command("report", "the report", 0.1, Report(run=out)),
     ]
 
@@ -192,6 +203,7 @@ def _clear(out: Path, stage: Stage) -> None:
 
 
 def _stopped(config: Config, code: int) -> int:
+    code = 130 if code == -signal.SIGINT else code
     if code < 0:
         hint = ": the machine ran out of memory, most likely" if -code == signal.SIGKILL else ""
         console.print(plain(f"the stage was killed by {signal.Signals(-code).name}{hint}", "bold red"))
@@ -204,7 +216,7 @@ def _tell(config: Config, minutes: float) -> None:
     for label, text in (
         ("report ", config.out / "report.html"),
         ("dataset", f"{config.out / 'data'}  (soulsmith show {config.out})"),
-        ("chat   ", f"soulsmith chat --model {config.out / 'dpo'}"),
+        ("chat   ", f"soulsmith chat --model {config.out}"),
     ):
         console.print(plain(f"{label}  {text}"))
     console.print(plain(f"{minutes:.1f} minutes in all", "dim"))

@@ -24,14 +24,14 @@ class Unreadable(ValueError):
 
 
 async def ask_critic(
-    call: Callable, prompts: Prompts, *, max_tokens: int, reply: str, principles: list[dict], **told
+    call: Callable, prompts: Prompts, *, max_tokens: int, reply: str, principles: list[str], **told
 ) -> tuple[list[Finding] | None, dict]:
     """Have `reply` judged; broken JSON gets one repair round. Gives (findings, trail step); None: there was no reading it."""
     prompt, stage, step = prompts.render("critique", reply=reply, principles=principles, **told), "critique", "critique"
     while True:
         answer = await call(stage, prompt, temperature=0.0, max_tokens=max_tokens)
         try:
-            findings = parse_critique(answer.text, reply, [principle["id"] for principle in principles])
+            findings = parse_critique(answer.text, reply, principles)
         except Unreadable as problem:
             if stage == "critique" and answer.text:
                 prompt = prompts.render("repair_json", text=answer.text, problem=str(problem))
@@ -123,6 +123,17 @@ def gives_itself_away(revision: str, request: str, principles: Collection[str] =
         if (match := pattern.search(revision)) and not pattern.search(request) and match.group().lower() not in request.lower():
             return name
     return "recites the rules" if any(f"[{principle}]" in revision for principle in principles) else ""
+
+
+def strays(revision: str, request: str, drafts: str) -> bool:
+    """Does the revision speak of something else? A small teacher answers the note ("you can write only the reply.") instead of
+    the request. On the subject means: a quarter of its words of four letters or more stand in the request or the drafts; fewer than three such words say nothing."""
+    words = _content_words(revision)
+    return len(words) >= 3 and len(words & (_content_words(request) | _content_words(drafts))) < len(words) / 4
+
+
+def _content_words(text: str) -> set[str]:
+    return set(re.findall(r"[^\W\d_]{4,}", text.casefold()))
 
 
 def refuses(reply: str) -> bool:

@@ -36,7 +36,8 @@ class Policy:
     backoff: float = 1.0
     longest_backoff: float = 60.0
     longest_wait: float = 900.0
-    breaker: float = 600.0
+    breaker: float = 600.0  # seconds without any answer
+    patience: float = 60.0  # the same for a server that was never there
 
 
 @dataclass(frozen=True)
@@ -76,12 +77,14 @@ class Engine:
         self._clock, self._wall, self._sleep = clock, wall, sleep
         self.counts: Counter[str] = Counter()
         self.fatal: UserError | None = None
+        self.trouble = ""  # why calls are failing just now
         self._failed_rows: set[str] = set()
         self.interrupted = False
         self._stop, self._slots = asyncio.Event(), asyncio.Semaphore(policy.concurrency)
         self._flying: dict[str, asyncio.Task] = {}
         self._workers: list[asyncio.Task] = []
         self._gate, self._cuts, self._failing_since = 0.0, 0, None
+        self._on_progress: Callable[[], None] = lambda: None
         self._barren, self._broken = 0, 0
 
     # --- rows
@@ -96,9 +99,10 @@ class Engine:
         loop = asyncio.get_running_loop()
         with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):  # not the main thread
             loop.add_signal_handler(signal.SIGINT, self.interrupt)
+        self._on_progress = on_progress
         try:
             # twice the slots: while one row is being checked or waits out a backoff, another one can ask
-            self._workers = [asyncio.create_task(self._work(stream, recipe, on_progress)) for _ in range(2 * self.policy.concurrency)]
+            self._workers = [asyncio.create_task(self._work(stream, recipe)) for _ in range(2 * self.policy.concurrency)]
             results = await asyncio.gather(*self._workers, return_exceptions=True)
             await asyncio.gather(*self._flying.values(), return_exceptions=True)
         finally:
@@ -119,18 +123,19 @@ class Engine:
                 task.cancel()
         self.interrupted = True
         self._stop.set()
+        self._on_progress()
 
     def fail(self, error: UserError) -> None:
         self.fatal = self.fatal or error
         self._stop.set()
 
-    async def _work(self, stream, recipe: Recipe, on_progress: Callable[[], None]) -> None:
+    async def _work(self, stream, recipe: Recipe) -> None:
         try:
             for seed in stream:
                 if self._stop.is_set():
                     return
                 await self._row(seed, recipe)
-                on_progress()
+                self._on_progress()
         except UserError as error:
             self.fail(error)
         except Exception:
@@ -239,8 +244,10 @@ class Engine:
             self.fail(UserError(f"the teacher refused {BARREN} requests in a row: {verdict.why}", where=self.teacher.name, fix=verdict.fix))
             raise Stopped
         if verdict.outcome not in ("rate_limited", "transient"):
-            self._failing_since, self._cuts = None, 0
+            self._failing_since, self._cuts, self.trouble = None, 0, ""
             return
+        self.trouble = verdict.why
+        self._on_progress()
         if self._failing_since is None:
             self._failing_since = now
         if verdict.free:
@@ -250,7 +257,8 @@ class Engine:
             self._gate = max(self._gate, now + wait)
             if wait > self.policy.longest_wait:
                 self._give_up(f"asks to wait {wait:,.0f} s", verdict)
-        if now - self._failing_since > self.policy.breaker:
+        never = not verdict.reached and not self.counts["ok"]
+        if now - self._failing_since > (self.policy.patience if never else self.policy.breaker):
             self._give_up(f"has not answered for {now - self._failing_since:,.0f} s", verdict)
 
     def _give_up(self, what: str, verdict: Verdict) -> None:

@@ -84,7 +84,8 @@ async def _generate(config: Config, soul: Soul, prompts: Prompts, teacher: Teach
 
             def show() -> None:
                 note = f"{counts['accepted']} accepted, {counts['rejected']} rejected, {counts['sent']} calls"
-                update(counts["rows"], note if not engine.interrupted else f"{note}; finishing the calls in flight (Ctrl-C again to stop)")
+                now = "finishing the calls in flight (Ctrl-C again to stop)" if engine.interrupted else engine.trouble
+                update(counts["rows"], f"{note}; {now}" if now else note)
 
             show()
             return await engine.run(_once(read_seeds(config.seeds, config.limit)), recipe, show)

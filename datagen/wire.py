@@ -70,6 +70,7 @@ class Verdict:
     retry_after: float | None = None
     stops: bool = False
     free: bool = False
+    reached: bool = True
 
     @property
     def final(self) -> bool:
@@ -105,7 +106,7 @@ _MODERATION = re.compile(r"moderation|flagged|guardrail|content policy", re.I)
 def classify(answer: Answer, *, now: float) -> Verdict:
     """Read an answer. `now` is the wall clock (Unix seconds), for retry times given as dates."""
     if answer.status == 0:
-        return Verdict("transient", why=answer.body, free=not answer.reached)
+        return Verdict("transient", why=answer.body, free=not answer.reached, reached=answer.reached)
     data = _json_object(answer.body)
     error = _find_error(data or {})
     if error or answer.status >= 400:

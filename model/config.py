@@ -56,13 +56,13 @@ class ModelConfig:
                 max_len=hf.get("max_position_embeddings", 2048))
         except KeyError as missing:
             raise UserError(f"key {missing} is missing", where=where) from None
+        except (TypeError, ValueError, ZeroDivisionError) as error:
+            raise UserError(f"a size is not a positive number ({error})", where=where) from None
 
     def to_hf(self) -> dict:
         """The `config.json` under which transformers, vLLM and llama.cpp compute the same. UserError if there is none."""
-        for arch, switches in FAMILIES.items():
-            if switches == (self.qkv_bias, self.qk_norm):
-                break
-        else:
+        arch = next((name for name, switches in FAMILIES.items() if switches == (self.qkv_bias, self.qk_norm)), None)
+        if arch is None:
             raise UserError("no Hugging Face architecture has both QKV bias and QK-norm", fix="switch one of them off")
         return {
             "architectures": [arch], "model_type": MODEL_TYPES[arch], "vocab_size": self.vocab_size,

@@ -359,5 +359,5 @@ def _nucleus(p_bv, top_p_b):
         enough = jnp.where(p_bv >= mid[:, None], p_bv, 0.0).sum(-1) >= goal
         return jnp.where(enough, mid, low), jnp.where(enough, high, mid)
 
-    low, _ = lax.fori_loop(0, 30, halve, (jnp.zeros_like(goal), jnp.full_like(goal, 1.000001)))
-    return jnp.where(p_bv >= low[:, None], p_bv, 0.0)
+    low, _ = lax.fori_loop(0, 30, halve, (jnp.zeros_like(goal), jnp.ones_like(goal)))  # the likeliest token has p = 1 and always stays
+    return jnp.where((p_bv >= low[:, None]) | (top_p_b >= 1)[:, None], p_bv, 0.0)

@@ -6,6 +6,7 @@ through `plain`.
 """
 
 import re
+import sys
 import time
 from contextlib import contextmanager
 
@@ -13,8 +14,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
-console = Console(stderr=True, highlight=False)
-output = Console(highlight=False)
+
+# a log file has no width: a path or a command broken over two lines cannot be copied
+console = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 240)
+output = Console(highlight=False, width=None if sys.stdout.isatty() else 240)
 
 LOG_EVERY = 30.0  # seconds
 

@@ -44,15 +44,15 @@ class Pair:
 
 
 def load_rows(paths: Sequence[Path], kind: str) -> list[dict]:
-    """Rows of every file, in order. Raises UserError for a file without rows or of the other kind."""
+    """Rows of every file, in order. Raises UserError for a file of the other kind, and when no file has a row."""
     found = []
     for path in paths:
         rows = row_files.read_rows(path)
-        if not rows:
-            raise UserError("has no rows", where=path)
-        if row_files.kind_of(rows) != kind:
+        if rows and row_files.kind_of(rows) != kind:
             raise UserError(f"holds {row_files.kind_of(rows)} rows, not {kind} rows", where=path)
         found += rows
+    if not found:
+        raise UserError("no rows to train on", where=", ".join(map(str, paths)))
     return found
 
 

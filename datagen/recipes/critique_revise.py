@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from datagen.critique import Finding, ask_critic, gives_itself_away, refuses
+from datagen.critique import Finding, ask_critic, gives_itself_away, refuses, strays
 from datagen.engine import Recipe
 from datagen.prompting import Prompts
 from datagen.seeds import Seed
@@ -100,11 +100,13 @@ class _Row:
         self.request = transcript(self.history)
         self.principles = {principle.id: principle for principle in soul.principles}
         self.trail: list[dict] = []
+        self.drafted = ""
 
     async def run(self) -> list:
         drafts, why = await self.drafts()
         if not drafts:
             return [["rejected", self.row([], messages=self.history, accepted=False, reason=f"draft: {why}")]]
+        self.drafted = "\n".join(draft.text for draft in drafts)
         versions = [min(drafts, key=lambda draft: draft.faults)]
         for number in range(self.options.rounds):
             await self.critique(versions[-1], number)
@@ -147,13 +149,12 @@ class _Row:
     async def critique(self, version: Version, number: int) -> None:
         if self.options.critic == "checks" or version.judged is not None or version.cut:
             return
-        chosen = list(self.principles.values())
+        chosen = list(self.principles)
         if 0 < self.options.principles < len(chosen):
             chosen = random.Random(f"{self.options.seed}:{self.seed.id}:{number}").sample(chosen, self.options.principles)
         findings, step = await ask_critic(
             self.call, self.prompts, max_tokens=self.options.critic_tokens, soul=self.soul.text, request=self.request, reply=version.final,
-            known=[{"principle": check["principle"], "why": check["why"]} for check in version.failed],
-            principles=[{"id": principle.id, "text": principle.text} for principle in chosen],
+            known=[{"principle": check["principle"], "why": check["why"]} for check in version.failed], principles=chosen,
         )  # fmt: skip
         version.findings, version.judged = findings or [], findings is not None
         self.trail.append(step)
@@ -163,6 +164,8 @@ class _Row:
         prompt = self.prompts.render("revise", soul=self.soul.text, request=self.request, reply=version.final, faults=self.told(version))
         reply = await self.call("revise", prompt, replicate=number)
         leak = gives_itself_away(reply.text, self.request, self.principles)
+        if not leak and strays(reply.text, self.request, self.drafted):
+            leak = "strays"
         fault = reply.outcome if not reply.ok else "refused" if refuses(reply.text) else leak
         self.note(f"revise-{fault.replace(' ', '-')}" if fault else "revise", reply.text, reply.key)
         return None if fault else self.version(reply.text)

@@ -94,7 +94,7 @@ def test_the_critic_sees_what_the_checks_found_and_the_reviser_sees_both():
     script = Script(draft=["hm " * 9], critique=[COLD, OK])
     rows, _ = make(script)
     critique, revise = script.said[1][1][1]["content"], script.said[2][1][1]["content"]
-    assert "- short: " in critique and "- warm: sounds warm." in critique
+    assert "- short: " in critique and "principles: lower, short, warm." in critique
     assert "keeps it short." in revise and 'sounds warm. (it is cold: "hm")' in revise
     assert rows["preference"]["principles"] == ["short", "warm"]
 
@@ -212,7 +212,11 @@ def test_drawn_principles_are_seeded_and_differ_by_round():
     def asked(seed):
         script = Script(critique=[COLD.replace("warm", f"p{n}") for n in range(9)])
         make(script, soul=soul, principles=2, seed=seed, rounds=2)
-        return [[p for p in range(9) if f"- p{p}:" in messages[1]["content"]] for stage, messages, _ in script.said if stage == "critique"]
+        return [
+            [p for p in range(9) if f"p{p}" in messages[1]["content"].split("principles: ")[1]]
+            for stage, messages, _ in script.said
+            if stage == "critique"
+        ]
 
     assert asked(0) == asked(0) and all(len(drawn) == 2 for drawn in asked(0))
     assert len({str(asked(seed)) for seed in range(4)}) > 1
@@ -273,3 +277,19 @@ def test_what_the_request_talks_about_is_no_leak():
     assert gives_itself_away("i apologize for the delay, boss.", "write an apology to my boss: apologize nicely") == ""
     assert gives_itself_away("my apologies! here:", "what is a tuple?") == "apologises"
     assert refuses("I cannot provide that.") and not refuses("you can't pickle a lambda. i can help: use def.")
+
+
+@pytest.mark.parametrize(
+    "revision, off",
+    [
+        ("you can write only the reply.", True),
+        ("that's all i need to know. now, how about this:", True),
+        ("it registers a format for unpacking archives.", False),
+        ("register_unpack_format adds an archive format to shutil.", False),
+        ("yes.", False),
+    ],
+)
+def test_a_revision_must_stay_on_the_subject(revision, off):
+    from datagen.critique import strays
+
+    assert strays(revision, "What's shutil.register_unpack_format?", "It Registers A Format For Unpacking Archives.") is off

@@ -142,7 +142,7 @@ def engine_sends(teacher):
     [
         (answer(LIMIT, 429, retry_after="3600"), "asks to wait 3,600 s.*slow down.*concurrency"),
         (answer(LIMIT, 429), "has not answered for .*slow down"),
-        (Answer(0, "cannot connect", reached=False), "has not answered for .*cannot connect.*Check that http://fake/v1 is up"),
+        (Answer(0, "cannot connect", reached=False), "has not answered for 6.. s.*cannot connect.*Check that http://fake/v1 is up"),
         (answer({"error": {"code": 401, "message": "no such key"}}, 401), "refuses to go on: 401: no such key. Check the API key"),
         (answer({"error": {"code": 402, "message": "can only afford 2666"}}, 402), "can only afford 2666"),
         (answer({"error": {"code": 404, "message": "no model"}}, 404), "no model. Check the model's name"),
@@ -156,6 +156,13 @@ def test_what_cannot_get_better_stops_the_run_and_a_later_run_goes_on(tmp_path, 
     done, _engine, rows = run(tmp_path, teacher, count=30)
     assert done and outcomes(rows) == ["ok"]
     assert not any('"q0"' in body for body in teacher.sent)  # what was answered is not asked again
+
+
+def test_a_server_that_was_never_there_is_given_up_sooner_and_the_trouble_is_shown(tmp_path):
+    clock, start, engines = Clock(), Clock().now, []
+    with pytest.raises(UserError, match="cannot connect"):
+        run(tmp_path, FakeTeacher(lambda body, n: Answer(0, "cannot connect", reached=False)), clock=clock, prepare=engines.append)
+    assert 60 < clock.now - start < 130 and engines[0].trouble == "cannot connect"
 
 
 def test_requests_that_are_all_refused_stop_the_run(tmp_path):

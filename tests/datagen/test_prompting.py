@@ -16,7 +16,7 @@ VALUES = {
         "request": "REQUEST",
         "reply": "REPLY",
         "known": [{"principle": "short", "why": "90 words"}],
-        "principles": [{"id": "short", "text": "keeps it short."}],
+        "principles": ["short", "warm"],
     },
     "revise": {
         "soul": "SOUL",

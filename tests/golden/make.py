@@ -19,13 +19,14 @@ from soul.files import home, write_json
 
 HERE = Path(__file__).parent
 SHAPE = {
-    "vocab_size": 288, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "max_position_embeddings": 128, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None,
+    "vocab_size": 288, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 128, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None,
 }  # fmt: skip
+ROPE = {"rope_type": "default", "rope_theta": 1e5}
 TINY = {
-    "tiny_llama": LlamaConfig(**SHAPE, tie_word_embeddings=True, rms_norm_eps=1e-5, rope_parameters={"rope_type": "default", "rope_theta": 1e5}),
-    "tiny_qwen2": Qwen2Config(**SHAPE, tie_word_embeddings=False, rope_parameters={"rope_type": "default", "rope_theta": 1e6}),
-    "tiny_qwen3": Qwen3Config(**SHAPE, head_dim=8, tie_word_embeddings=True, rope_parameters={"rope_type": "default", "rope_theta": 1e6}),
+    "tiny_llama": LlamaConfig(**SHAPE, tie_word_embeddings=True, rms_norm_eps=1e-5, rope_parameters=ROPE),
+    "tiny_qwen2": Qwen2Config(**SHAPE, tie_word_embeddings=False, rope_parameters=ROPE),
+    "tiny_qwen3": Qwen3Config(**SHAPE, head_dim=8, tie_word_embeddings=True, rope_parameters=ROPE),
 }
 IDS = [[256, *range(40, 70), 3, 200, 199], [257, *range(100, 20, -5), *[7] * 17]]
 TEXTS = [
@@ -56,8 +57,8 @@ def main() -> None:
         (HERE / name / "generation_config.json").unlink(missing_ok=True)
         write_json(HERE / name / "tokenizer.json", tokenizer_spec())
         with torch.no_grad():
-            logits = model.float()(torch.tensor(IDS)).logits[:, -3:, :40]
-        write_json(HERE / name / "logits.json", {"ids": IDS, "last_3_by_40": [[[round(v, 6) for v in row] for row in one] for one in logits.tolist()]})
+            logits = model.float()(torch.tensor(IDS)).logits[:, -3:, :40].double().round(decimals=6)
+        (HERE / name / "logits.json").write_text(json.dumps({"ids": IDS, "last_3_by_40": logits.tolist()}) + "\n")
     path = home() / "models" / "smollm2-135m"
     tokenizer, model = AutoTokenizer.from_pretrained(path), AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     rows = []

@@ -19,16 +19,15 @@ MISSING = bytes([0x04, 0x1D, 0x41 ^ 0x80, 0xF1, 0xFF])
 
 def spec_without(data: bytes) -> dict:
     """The tiny tokenizer with merges, and without some bytes, as SmolLM2's is."""
-    vocab = {piece: n for piece, n in SPEC["model"]["vocab"].items() if BYTE_OF[piece] not in data}
-    vocab |= {"he": 276, "Ġa": 277, "<|": 278, "im": 279, "im_": 280, "|>": 281}
-    merges = ["h e", "Ġ a", "< |", "i m", "im _", "| >"]
-    return {**SPEC, "model": {**SPEC["model"], "vocab": vocab, "merges": merges}}
+    pieces = [piece for piece in SPEC["model"]["vocab"] if BYTE_OF[piece] not in data] + ["he", "Ġa", "<|", "im", "im_", "|>"]
+    added = [added_token(token["content"], len(pieces) + n) for n, token in enumerate(SPEC["added_tokens"])]
+    vocab, merges = {piece: n for n, piece in enumerate(pieces)}, ["h e", "Ġ a", "< |", "i m", "im _", "| >"]
+    return {**SPEC, "added_tokens": added, "model": {**SPEC["model"], "vocab": vocab, "merges": merges}}
 
 
 FULL, HOLED = Tokenizer(SPEC), adopt(Tokenizer(spec_without(MISSING)))
-fragments = st.lists(
-    st.one_of(st.text(st.characters(exclude_categories=["Cs"])), st.sampled_from([*SPECIAL_TOKENS, "<|im_end|>", "<|im_start|>", "<extra_3>", BYTE_ESCAPE]))
-).map("".join)
+spelled = st.sampled_from([*SPECIAL_TOKENS, "<|im_end|>", "<|im_start|>", "<extra_3>", BYTE_ESCAPE])
+fragments = st.lists(st.text(st.characters(exclude_categories=["Cs"])) | spelled).map("".join)
 
 
 @given(fragments)
@@ -49,14 +48,15 @@ def test_template_round_trip_on_a_vocabulary_with_holes(text):
 
 
 def test_merges_apply_but_none_reaches_a_control_name():
-    assert HOLED.encode("he a") == [276, 277]
+    assert HOLED.encode("he a") == [251, 252]
     hostile = spec_without(b"")
-    hostile["model"]["vocab"] |= {"im_e": 282, "im_en": 283, "im_end": 284, "im_end|>": 285, "<|im_end|>": 258}
+    end = next(token["id"] for token in hostile["added_tokens"] if token["content"] == "<|im_end|>")
+    hostile["model"]["vocab"] |= {"im_e": 282, "im_en": 283, "im_end": 284, "im_end|>": 285, "<|im_end|>": end}
     hostile["model"]["merges"] = [*hostile["model"]["merges"], "im_ e", "im_e n", "im_en d", "im_end |>", "<| im_end|>"]
     for ignore_merges in (False, True):
         hostile["model"]["ignore_merges"] = ignore_merges
         for tokenizer in (Tokenizer(hostile), adopt(Tokenizer(hostile))):
-            assert 258 not in tokenizer.encode("<|im_end|>") and tokenizer.decode(tokenizer.encode("<|im_end|>")) == "<|im_end|>"
+            assert end not in tokenizer.encode("<|im_end|>") and tokenizer.decode(tokenizer.encode("<|im_end|>")) == "<|im_end|>"
 
 
 def test_adoption_takes_the_bases_own_ids():
@@ -64,7 +64,7 @@ def test_adoption_takes_the_bases_own_ids():
     assert set(special) == set(SPECIAL_TOKENS) and len(set(special.values())) == 14
     assert special["<|assistant_end|>"] == base["<|im_end|>"] and special["<|assistant_start|>"] == base["<|im_start|>"]
     assert special["<|bos|>"] == base["<|endoftext|>"] and set(special.values()) <= set(base.values())
-    assert HOLED.vocab_size == 282 and adopt(HOLED) is HOLED and FULL.special == {}
+    assert HOLED.vocab_size == 277 and adopt(HOLED) is HOLED and FULL.special == {}
     assert HOLED.byte_escape in set(base.values()) - set(special.values()) and adopt(FULL).byte_escape is None
 
 
