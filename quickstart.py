@@ -85,11 +85,19 @@ def stages(config: Config, soul: Soul) -> list[Stage]:
 
     out, data = config.out, config.out / "data"
     checked = any(principle.checks for principle in soul.principles)
+    local = config.teacher.startswith("local:")
     generate = Generate(
-        seeds=out / "seeds.jsonl", teacher=config.teacher, out=out, soul=config.soul, max_tokens=96,
+        seeds=out / "seeds.jsonl",
+        teacher=config.teacher,
+        out=out,
+        soul=config.soul,
+        max_tokens=96,
+        prompts=Path(soulsmith.__file__).parent / "prompts" / "small" if local else None,
         # a 135M critic cannot judge: there the checks do; and its drafts often ramble past the limit, so three are written
-        recipe=CritiqueRevise(samples=3, rounds=1, keep="best", critic="checks" if checked and config.teacher.startswith("local:") else "teacher", seed=config.seed),
-    )  # fmt: skip
+        recipe=CritiqueRevise(
+            samples=3 if local else 1, rounds=1, keep="best", critic="checks" if checked and local else "teacher", seed=config.seed
+        ),
+    )
     convert = Convert(soul=config.soul, out=out, n=config.rollouts, seed=config.seed)
     sft = Sft(
         out=out, model=config.base, data=(data / "sft.parquet", data / "rollouts.parquet"),
@@ -116,7 +124,14 @@ def stages(config: Config, soul: Soul) -> list[Stage]:
 
     return [
         *([] if Path(config.base).is_dir() else [command("pull", f"fetch {config.base}", 0.3, Pull(name=config.base))]),
-        Stage("seeds", "requests from the Python installation's functions", 0.1, [config.chat_seeds, config.seed], lambda: write_seeds(config), ("seeds.jsonl",)),
+        Stage(
+            "seeds",
+            "requests from the Python installation's functions",
+            0.1,
+            [config.chat_seeds, config.seed],
+            lambda: write_seeds(config),
+            ("seeds.jsonl",),
+        ),
         command("generate", "generate, critique, revise", 2.0, generate, "data/sft.parquet", "data/preference.parquet"),
         command("convert", "tool rollouts, really executed", 0.2, convert, "data/rollouts.parquet", "data/rollouts_preference.parquet"),
         command("sft", "supervised fine-tuning", 6.0, sft, "sft"),
@@ -165,7 +180,13 @@ class Record:
         return self.entries.get(stage.name, {}).get("seconds", 0.0)
 
     def put(self, stage: Stage, seconds: float, done: bool = False) -> None:
-        self.entries[stage.name] = {"name": stage.name, "title": stage.title, "key": self.keys[stage.name], "done": done, "seconds": round(seconds, 1)}
+        self.entries[stage.name] = {
+            "name": stage.name,
+            "title": stage.title,
+            "key": self.keys[stage.name],
+            "done": done,
+            "seconds": round(seconds, 1),
+        }
         write_json(self.path, [self.entries[stage.name] for stage in self.todo if stage.name in self.entries])
 
 

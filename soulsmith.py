@@ -76,7 +76,12 @@ def _usage() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()]
     return "\n".join(
-        ["soulsmith: write a SOUL.md, get a dataset, a tuned model and an agent that behave like it.", "", "usage: soulsmith COMMAND [--help] …", ""]
+        [
+            "soulsmith: write a SOUL.md, get a dataset, a tuned model and an agent that behave like it.",
+            "",
+            "usage: soulsmith COMMAND [--help] …",
+            "",
+        ]
         + lines
         + ["", "Every command that writes to --out saves its resolved settings there; --config FILE reads such a file back."]
     )
@@ -97,7 +102,9 @@ def _run(name: str, argv: list[str]) -> int:
 
     module = importlib.import_module(COMMANDS[name][0])
     argv, default = _saved_config(module.Config, argv)
-    config = tyro.cli(module.Config, args=argv, default=default, prog=f"soulsmith {name}", description=module.Config.__doc__ or module.__doc__)
+    config = tyro.cli(
+        module.Config, args=argv, default=default, prog=f"soulsmith {name}", description=module.Config.__doc__ or module.__doc__
+    )
     return run_command(name, config)
 
 

@@ -14,7 +14,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
-
 # a log file has no width: a path or a command broken over two lines cannot be copied
 console = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 240)
 output = Console(highlight=False, width=None if sys.stdout.isatty() else 240)

@@ -20,8 +20,20 @@ def schema(kind: str):
 
     text = pa.string()
     function = pa.struct([("name", text), ("arguments", text)])
-    messages = pa.list_(pa.struct([("role", text), ("content", text), ("tool_calls", pa.list_(pa.struct([("type", text), ("function", function)])))]))
-    check = pa.struct([("principle", text), ("check", text), ("ok", pa.bool_()), ("message_index", pa.int32()), ("start", pa.int32()), ("end", pa.int32()), ("why", text)])
+    messages = pa.list_(
+        pa.struct([("role", text), ("content", text), ("tool_calls", pa.list_(pa.struct([("type", text), ("function", function)])))])
+    )
+    check = pa.struct(
+        [
+            ("principle", text),
+            ("check", text),
+            ("ok", pa.bool_()),
+            ("message_index", pa.int32()),
+            ("start", pa.int32()),
+            ("end", pa.int32()),
+            ("why", text),
+        ]
+    )
     body = [("prompt", messages), ("chosen", messages), ("rejected", messages)] if kind == "preference" else [("messages", messages)]
     common = [
         ("source", text),
@@ -37,7 +49,17 @@ def schema(kind: str):
     return pa.schema([("id", text), *body, *common], metadata={"soulsmith": kind})
 
 
-_DEFAULTS = {"source": "", "soul_hash": "", "template_hash": "", "principles": [], "checks": [], "trail": [], "accepted": True, "reason": "", "files": []}
+_DEFAULTS = {
+    "source": "",
+    "soul_hash": "",
+    "template_hash": "",
+    "principles": [],
+    "checks": [],
+    "trail": [],
+    "accepted": True,
+    "reason": "",
+    "files": [],
+}
 
 
 def write_rows(path: str | Path, rows: list[dict], kind: str) -> None:

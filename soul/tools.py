@@ -22,28 +22,44 @@ class ToolSpec:
 TOOLS: dict[str, ToolSpec] = {
     spec.name: spec
     for spec in (
-        ToolSpec("Read", "read a file with line numbers", (
-            Param("file_path", "file to read", required=True),
-            Param("offset", "first line, from 1", type="integer"),
-            Param("limit", "number of lines", type="integer"),
-        )),
-        ToolSpec("Edit", "replace old_string, which must occur exactly once, by new_string; without old_string, create the file", (
-            Param("file_path", "file to change", required=True),
-            Param("old_string", "text to replace, exactly as in the file"),
-            Param("new_string", "text to put there", required=True),
-            Param("replace_all", "true: replace every occurrence", type="boolean"),
-        )),
-        ToolSpec("Grep", "search files for a regular expression", (
-            Param("pattern", "regular expression", required=True),
-            Param("path", "file or directory, default ."),
-            Param("-A", "lines to show after a match", type="integer"),
-            Param("-B", "lines to show before a match", type="integer"),
-            Param("mode", "content, files or count"),
-        )),
-        ToolSpec("Bash", "run a shell command", (
-            Param("command", "the command", required=True),
-            Param("timeout", "seconds", type="integer"),
-        )),
+        ToolSpec(
+            "Read",
+            "read a file with line numbers",
+            (
+                Param("file_path", "file to read", required=True),
+                Param("offset", "first line, from 1", type="integer"),
+                Param("limit", "number of lines", type="integer"),
+            ),
+        ),
+        ToolSpec(
+            "Edit",
+            "replace old_string, which must occur exactly once, by new_string; without old_string, create the file",
+            (
+                Param("file_path", "file to change", required=True),
+                Param("old_string", "text to replace, exactly as in the file"),
+                Param("new_string", "text to put there", required=True),
+                Param("replace_all", "true: replace every occurrence", type="boolean"),
+            ),
+        ),
+        ToolSpec(
+            "Grep",
+            "search files for a regular expression",
+            (
+                Param("pattern", "regular expression", required=True),
+                Param("path", "file or directory, default ."),
+                Param("-A", "lines to show after a match", type="integer"),
+                Param("-B", "lines to show before a match", type="integer"),
+                Param("mode", "content, files or count"),
+            ),
+        ),
+        ToolSpec(
+            "Bash",
+            "run a shell command",
+            (
+                Param("command", "the command", required=True),
+                Param("timeout", "seconds", type="integer"),
+            ),
+        ),
     )
 }
 

@@ -58,12 +58,21 @@ def test_settings_are_saved_and_read_back(command, tmp_path):
     saved = out / "try_it.json"
     assert json.loads(saved.read_text())["steps"] == 7
     assert soulsmith.main(["try", "it", "--config", str(saved), "--steps", "8"]) == 0
-    assert command.seen == [Config(out, (Path("a"), Path("b")), 7, None, Inner(2.0)), Config(out, (Path("a"), Path("b")), 8, None, Inner(2.0))]
+    assert command.seen == [
+        Config(out, (Path("a"), Path("b")), 7, None, Inner(2.0)),
+        Config(out, (Path("a"), Path("b")), 8, None, Inner(2.0)),
+    ]
 
 
 @pytest.mark.parametrize(
     "content, message",
-    [("{", "not valid JSON"), ("[]", "JSON object"), ('{"out": "x", "stepz": 1}', "unknown setting 'stepz'"), ("{}", "'out' is missing"), ('{"out": "x", "steps": "1"}', "must be int")],
+    [
+        ("{", "not valid JSON"),
+        ("[]", "JSON object"),
+        ('{"out": "x", "stepz": 1}', "unknown setting 'stepz'"),
+        ("{}", "'out' is missing"),
+        ('{"out": "x", "steps": "1"}', "must be int"),
+    ],
 )
 def test_a_bad_config_file_is_one_line_and_exit_2(command, tmp_path, capsys, content, message):
     (tmp_path / "c.json").write_text(content)

@@ -27,7 +27,9 @@ def base(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("base")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trainer = trainers.BpeTrainer(vocab_size=1500, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=CONTROL, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=1500, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=CONTROL, show_progress=False
+    )
     tokenizer.train([json.__file__, os.__file__, subprocess.__file__, str(ROOT / "soul" / "SOUL.md")], trainer)
     tokenizer.save(str(path / "tokenizer.json"))
     config = ModelConfig(tokenizer.get_vocab_size(), d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, d_head=8, d_ff=64, max_len=4096)
@@ -49,7 +51,9 @@ def command(out: Path, base: Path, *more: str) -> list[str]:
 def test_from_soul_to_report_stopped_and_resumed(tmp_path, base):
     out = tmp_path / "run"
     environment = {**os.environ, "GLIBC_TUNABLES": ""}
-    process = subprocess.Popen(command(out, base), cwd=ROOT, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        command(out, base), cwd=ROOT, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, start_new_session=True
+    )
     while process.poll() is None and not (out / "data" / "rollouts.parquet").exists():
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to every process of the group
@@ -62,7 +66,9 @@ def test_from_soul_to_report_stopped_and_resumed(tmp_path, base):
     assert done.returncode == 0, done.stderr
     assert "generate, critique, revise: done before" in done.stderr
     stages = {entry["name"]: entry for entry in json.loads((out / "stages.json").read_text())}
-    assert list(stages) == ["seeds", "generate", "convert", "sft", "dpo", "eval", "report"] and all(entry["done"] for entry in stages.values())
+    assert list(stages) == ["seeds", "generate", "convert", "sft", "dpo", "eval", "report"] and all(
+        entry["done"] for entry in stages.values()
+    )
     first = json.loads((out / "dpo" / "metrics.jsonl").read_text().splitlines()[0])
     assert first["margin"] == 0.0 and first["accuracy"] == 0.5
     assert {path.stem for path in (out / "evals").glob("*.json")} == {"base", "base-chat", "sft", "dpo"}

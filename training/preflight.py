@@ -14,20 +14,18 @@ from training.data import Example, Packed, Pair
 
 
 def check_rows(template: Template, rows: list[dict]) -> None:
-    """Refuse rows made for another template. A row without a hash is allowed, with a warning.
+    """Refuse rows made for another template. Rows without a hash are plain conversations, made for none.
 
     Raises:
         UserError: naming the first row whose hash is another one.
     """
-    unknown = 0
     for row in rows:
-        unknown += not row["template_hash"]
-        if row["template_hash"] and row["template_hash"] != template.hash:
+        if row["template_hash"] not in ("", template.hash):
             raise UserError(
                 f"made for template {row['template_hash'][:12]}, not this model's {template.hash[:12]} (other control ids or tool specs)",
-                where=f"row {row['id']}", fix="Export the data again for this model.")  # fmt: skip
-    if unknown:
-        console.print(f"warning: {unknown} of {len(rows)} rows don't say for which template they were made")
+                where=f"row {row['id']}",
+                fix="Export the data again for this model.",
+            )
 
 
 def check_example(template: Template, item: Example, vocab_size: int, skip: int = 0) -> None:

@@ -9,7 +9,11 @@ from soul.errors import UserError
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 names = st.sampled_from(["Read", "Edit", "Grep", "Bash"])
 messages = st.lists(
-    st.one_of(st.builds(c.user, text), st.builds(lambda t, n, a: c.assistant(t, c.call_from(n, a)), text, names, st.dictionaries(text, text, max_size=3)), st.builds(c.assistant, text)),
+    st.one_of(
+        st.builds(c.user, text),
+        st.builds(lambda t, n, a: c.assistant(t, c.call_from(n, a)), text, names, st.dictionaries(text, text, max_size=3)),
+        st.builds(c.assistant, text),
+    ),
     min_size=1,
     max_size=4,
 )
@@ -55,7 +59,15 @@ def test_bad_files_are_named(tmp_path):
 
 
 def test_foreign_rows_become_canonical():
-    foreign = [{"role": "assistant", "content": None, "tool_calls": [{"id": "1", "type": "function", "function": {"name": "Read", "arguments": {"file_path": "a", "offset": 4, "limit": None}}}]}]
+    foreign = [
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [
+                {"id": "1", "type": "function", "function": {"name": "Read", "arguments": {"file_path": "a", "offset": 4, "limit": None}}}
+            ],
+        }
+    ]
     (message,) = c.canonical(foreign)
     assert message == c.assistant("", c.tool_call("Read", file_path="a", offset="4"))
     assert c.canonical([{"role": "user", "content": "x", "tool_calls": []}]) == [c.user("x")]

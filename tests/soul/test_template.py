@@ -22,11 +22,16 @@ TEMPLATE = Template(ByteTokenizer())
 ID = TEMPLATE.id
 
 fragments = [token[i:j] for token in SPECIAL_TOKENS for i, j in ((0, None), (0, 5), (5, None), (2, -2))]
-texts = st.lists(st.one_of(st.text(st.characters(exclude_categories=["Cs"]), max_size=12), st.sampled_from(fragments)), max_size=5).map("".join)
+texts = st.lists(st.one_of(st.text(st.characters(exclude_categories=["Cs"]), max_size=12), st.sampled_from(fragments)), max_size=5).map(
+    "".join
+)
 calls = st.builds(c.call_from, texts.filter(bool), st.dictionaries(texts, texts, max_size=3))
 messages = st.lists(
     st.one_of(
-        st.builds(c.system, texts), st.builds(c.user, texts), st.builds(c.tool, texts), st.builds(lambda t, k: c.assistant(t, *k), texts, st.lists(calls, max_size=2))
+        st.builds(c.system, texts),
+        st.builds(c.user, texts),
+        st.builds(c.tool, texts),
+        st.builds(lambda t, k: c.assistant(t, *k), texts, st.lists(calls, max_size=2)),
     ),
     max_size=6,
 )
@@ -130,7 +135,12 @@ def test_a_prompt_is_a_prefix_of_the_whole():
 
 
 def test_unsound_conversations_are_refused():
-    for bad in ([{"role": "robot", "content": ""}], [{"role": "user", "content": None}], [c.user("\ud800")], [{"role": "user", "content": "", "tool_calls": [c.tool_call("Read")]}]):
+    for bad in (
+        [{"role": "robot", "content": ""}],
+        [{"role": "user", "content": None}],
+        [c.user("\ud800")],
+        [{"role": "user", "content": "", "tool_calls": [c.tool_call("Read")]}],
+    ):
         with pytest.raises(ValueError, match="message 0"):
             TEMPLATE.encode(bad)
 
