@@ -39,12 +39,12 @@ class Config:
     """Requests for generate, critique, revise."""
     rollouts: int = 480
     """Tool rollouts made from the Python installation's own functions."""
-    sft_tokens: int = 110_000
+    sft_tokens: int = 100_000
     """Tokens of supervised fine-tuning."""
     dpo_tokens: int = 24_000
     """Tokens of preference tuning, both branches counted."""
     length: int = 640
-    """Tokens per packed row."""
+    """Tokens per packed row; half of it for preference tuning, which holds two rows at a time."""
     prompts: int = 60
     """Held-out prompts of the evals."""
     loops: int = 12
@@ -105,7 +105,7 @@ def stages(config: Config, soul: Soul) -> list[Stage]:
     )  # fmt: skip
     dpo = Dpo(
         out=out, data=(data / "preference.parquet", data / "rollouts_preference.parquet"), nll=0.2,
-        train=TrainConfig(length=config.length, batch_rows=1, epochs=1.0, max_tokens=config.dpo_tokens, seed=config.seed, optim=OptimConfig(lr=1e-5, warmup=0.1)),
+        train=TrainConfig(length=config.length // 2, batch_rows=1, epochs=1.0, max_tokens=config.dpo_tokens, seed=config.seed, optim=OptimConfig(lr=1e-5, warmup=0.1)),
     )  # fmt: skip
     evals = Eval(model=config.base, soul=config.soul, n=config.prompts, loops=config.loops, out=out, seed=config.seed)
 

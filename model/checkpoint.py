@@ -65,7 +65,7 @@ def save(directory: str | Path, step: int, state: dict, keep: int = 2) -> Path:
             shutil.rmtree(old)
         with ocp.StandardCheckpointer() as checkpointer:
             for item, tree in state.items():
-                checkpointer.save(partial / item, tree)
+                checkpointer.save(partial / item, {"tree": tree})  # Orbax wants a container; an item may be one array
                 checkpointer.wait_until_finished()
         os.replace(partial, ready)
         if final.exists():
@@ -128,7 +128,7 @@ def _restore_item(path: Path, tree):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or here)
 
     with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore(path, jax.tree.map(target, tree))
+        return checkpointer.restore(path, {"tree": jax.tree.map(target, tree)})["tree"]
 
 
 def _differences(old: object, new: object, at: str = "") -> list[str]:

@@ -10,7 +10,7 @@ import numpy as np
 import tyro
 from flax import nnx
 
-from soul.console import console, progress
+from soul.console import progress
 from soul.files import sha256_json, write_atomic
 from training import losses, preflight
 from training.data import Packed, load_rows, pair
@@ -52,7 +52,8 @@ def main(config: Config) -> int:
     identity = identity_of(this, packed, {"beta": config.beta, "smoothing": config.smoothing, "nll": config.nll})
     graph, params = nnx.split(this.loaded.model)
     programs = Programs(graph, losses.dpo(config.beta, config.smoothing, config.nll))
-    reference = reference_logprobs(this.directory, packed, programs, params, identity)
+    needed = sorted({packed.block_of(k) for k in range(this.steps(packed) * config.train.accumulate)})
+    reference = reference_logprobs(this.directory, packed, needed, programs, params, identity)
 
     def batch(k: int) -> dict:
         number = packed.block_of(k)
@@ -62,29 +63,28 @@ def main(config: Config) -> int:
     return train(this, packed, programs, batch, identity, {"stage": "dpo", "soul_hash": rows[0]["soul_hash"]})
 
 
-def reference_logprobs(directory: Path, packed: Packed, programs: Programs, params, identity: dict) -> np.ndarray:
-    """log p of every block's supervised tokens under the starting weights, blocks × N, by the program that training uses.
+def reference_logprobs(directory: Path, packed: Packed, needed: list[int], programs: Programs, params, identity: dict) -> np.ndarray:
+    """log p of the supervised tokens of the `needed` blocks under the starting weights, blocks × N, by the program that training uses.
 
-    Kept in `directory` under a key of weights, data, template, arithmetic and packing; computed once.
+    Kept in `directory` under a key of weights, data, template, arithmetic and packing; a block that is not known yet is NaN there.
     """
-    key = sha256_json({**identity, "settings": {name: identity["settings"][name] for name in ("length", "batch_rows", "seed", "compute")},
-                       "jax": jax.__version__, "device": jax.devices()[0].device_kind})  # fmt: skip
+    settings = {name: identity["settings"][name] for name in ("length", "batch_rows", "seed", "compute")}
+    key = sha256_json({**identity, "settings": settings, "jax": jax.__version__, "device": jax.devices()[0].device_kind})
     path = directory / f"reference-{key[:16]}.npy"
-    shape = (len(packed.blocks), packed.supervised)
+    out = np.full((len(packed.blocks), packed.supervised), np.nan, np.float32)
     if path.exists():
-        found = np.load(path, allow_pickle=False)
-        if found.shape == shape and found.dtype == np.float32:
-            return found
-        console.print(f"{path} is not what was expected: computing it again")
-    out = np.zeros(shape, np.float32)
-    with progress("reference", len(out), "batches") as show:
-        for number in range(len(out)):
-            show(number)
-            out[number] = programs.forward(params, jax.device_put(packed.block(number)))[0]
-        show(len(out))
-    file = io.BytesIO()
-    np.save(file, out, allow_pickle=False)
-    write_atomic(path, file.getvalue())
+        known = np.load(path, allow_pickle=False)
+        if known.shape == out.shape and known.dtype == out.dtype:
+            out = known
+    if missing := [number for number in needed if np.isnan(out[number, 0])]:
+        with progress("reference", len(missing), "batches") as show:
+            for done, number in enumerate(missing):
+                show(done)
+                out[number] = programs.forward(params, jax.device_put(packed.block(number)))[0]
+            show(len(missing))
+        file = io.BytesIO()
+        np.save(file, out, allow_pickle=False)
+        write_atomic(path, file.getvalue())
     return out
 
 

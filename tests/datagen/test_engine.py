@@ -162,7 +162,7 @@ def test_a_server_that_was_never_there_is_given_up_sooner_and_the_trouble_is_sho
     clock, start, engines = Clock(), Clock().now, []
     with pytest.raises(UserError, match="cannot connect"):
         run(tmp_path, FakeTeacher(lambda body, n: Answer(0, "cannot connect", reached=False)), clock=clock, prepare=engines.append)
-    assert 60 < clock.now - start < 130 and engines[0].trouble == "cannot connect"
+    assert 60 < clock.now - start < 300 and engines[0].trouble == "cannot connect"
 
 
 def test_requests_that_are_all_refused_stop_the_run(tmp_path):

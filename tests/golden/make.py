@@ -56,8 +56,9 @@ def main() -> None:
         model.bfloat16().save_pretrained(HERE / name)
         (HERE / name / "generation_config.json").unlink(missing_ok=True)
         write_json(HERE / name / "tokenizer.json", tokenizer_spec())
+        model = AutoModelForCausalLM.from_pretrained(HERE / name, dtype=torch.float32)  # bfloat16() also rounded the RoPE table
         with torch.no_grad():
-            logits = model.float()(torch.tensor(IDS)).logits[:, -3:, :40].double().round(decimals=6)
+            logits = model(torch.tensor(IDS)).logits[:, -3:, :40].double().round(decimals=6)
         (HERE / name / "logits.json").write_text(json.dumps({"ids": IDS, "last_3_by_40": logits.tolist()}) + "\n")
     path = home() / "models" / "smollm2-135m"
     tokenizer, model = AutoTokenizer.from_pretrained(path), AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)

@@ -108,6 +108,8 @@ def test_rope_depends_on_distance_only_and_position_zero_is_the_identity():
     assert score(9, 4) == pytest.approx(score(105, 100), abs=1e-4)
     assert abs(score(9, 4) - score(9, 5)) > 1e-3
     np.testing.assert_array_equal(ops.rope(q, ops.rope_table(jnp.zeros((1, 1), jnp.int32), 8, 100.0)), q)
+    turned = ops.rope(jnp.asarray([1.0, 0.0, 0.0, 1.0]).reshape(1, 1, 1, 4), ops.rope_table(jnp.asarray([[2]]), 4, 100.0))[0, 0, 0]
+    np.testing.assert_allclose(turned, [np.cos(2), -np.sin(0.2), np.sin(2), np.cos(0.2)], atol=1e-6)  # i pairs with i + h/2, angle > 0
 
 
 def test_compute_is_explicit_or_decided_once():

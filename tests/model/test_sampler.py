@@ -93,6 +93,21 @@ def test_a_shared_beginning_is_computed_once_and_changes_nothing(sampler, model,
         assert [completion] == Sampler(model, batch=4).generate([prompt], max_new=6)
 
 
+def test_a_beginning_shared_near_the_end_of_the_cache(sampler, model):
+    first = (PROMPTS[6] * 2)[:250]
+    for prompt in (first, first[:210] + [3] * 35):
+        assert sampler.generate([prompt], max_new=2) == Sampler(model, batch=4).generate([prompt], max_new=2)
+
+
+def test_a_finished_row_keeps_its_tokens_while_others_go_on(sampler, model):
+    full = (PROMPTS[6] * 2)[:241]
+    _, got = sampler.generate([PROMPTS[0], full], max_new=16)  # the second row now fills the cache to its last place
+    assert sampler.size == 256
+    sampler.generate([PROMPTS[1]], max_new=17)
+    turn = full + got.ids + PROMPTS[2]
+    assert sampler.generate([turn], max_new=6) == Sampler(model, batch=4).generate([turn], max_new=6)
+
+
 def test_the_cache_grows_for_long_rows_and_shrinks_again(sampler, full_forward):
     long = (PROMPTS[6] * 3)[:290]
     assert sampler.generate([long, PROMPTS[1]], max_new=8)[0].ids == full_forward(long, 8)
@@ -160,6 +175,13 @@ def test_draws_follow_the_softmax(temperature):
     wanted = np.exp(logits / temperature) / np.exp(logits / temperature).sum()
     got = np.bincount(draws(logits, temperature, 1.0) // 100, minlength=4) / 4000
     np.testing.assert_allclose(got, wanted.reshape(4, 100).sum(1), atol=4 * np.sqrt(0.25 / 4000))
+
+
+def test_rounding_never_draws_an_impossible_token(monkeypatch):
+    monkeypatch.setattr(jax.random, "uniform", lambda key: jnp.float32(1 - 2**-24))
+    logits = jnp.where(jnp.arange(700)[None] < 300, jax.random.normal(jax.random.key(0), (200, 700)), -1e30)
+    got = sample(logits, jnp.zeros(200, jnp.uint32), jnp.arange(200), jnp.ones(200), jnp.ones(200))
+    assert got.max() < 300
 
 
 def test_top_p_keeps_the_smallest_set_that_reaches_its_mass():

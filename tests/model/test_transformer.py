@@ -67,6 +67,12 @@ def test_packed_rows_give_the_loss_and_gradients_of_separate_rows():
         np.testing.assert_allclose(a, b, atol=2e-3, rtol=1e-4)
 
 
+def test_positions_restart_with_each_segment():
+    model, ids, segments = decoder(), tokens(1, 8), jnp.asarray([[4] * 5 + [2] * 3])
+    given = nnx.jit(lambda m, *a: m.hidden(*a))
+    np.testing.assert_array_equal(given(model, ids, None, segments), given(model, ids, jnp.asarray([[0, 1, 2, 3, 4, 0, 1, 2]]), segments))
+
+
 def test_grouped_heads_equal_repeated_kv_heads():
     few = decoder()
     many = Decoder(dataclasses.replace(TINY, n_kv_heads=4), compute="fp32")

@@ -75,7 +75,7 @@ def test_dpo_has_a_pulse_and_starts_at_ln_2(base, tuned):
 def test_dpo_refuses_a_reference_of_other_weights(base, tuned, tmp_path, monkeypatch):
     config = dpo.Config(out=tmp_path, model=str(tuned / "sft"), data=(base / "preference.parquet",), train=DPO)
     true = dpo.reference_logprobs
-    monkeypatch.setattr(dpo, "reference_logprobs", lambda *a: np.nextafter(true(*a), np.float32(0)))
+    monkeypatch.setattr(dpo, "reference_logprobs", lambda *a: np.nextafter(true(*a), np.float32(1)))
     with pytest.raises(UserError, match="not ln 2"):
         dpo.main(config)
     monkeypatch.undo()
@@ -83,6 +83,14 @@ def test_dpo_refuses_a_reference_of_other_weights(base, tuned, tmp_path, monkeyp
     stamp = kept.stat().st_mtime_ns
     assert dpo.main(config) == 0
     assert kept.stat().st_mtime_ns == stamp  # computed once
+
+
+def test_only_blocks_that_will_be_trained_on_get_a_reference(base, tuned, tmp_path):
+    train = TrainConfig(**{**vars(DPO), "max_tokens": 100})
+    assert dpo.main(dpo.Config(out=tmp_path, model=str(tuned / "sft"), data=(base / "preference.parquet",), train=train)) == 0
+    (kept,) = (tmp_path / "dpo").glob("reference-*.npy")
+    computed = ~np.isnan(np.load(kept)[:, 0])
+    assert 0 < computed.sum() == len(read_metrics(tmp_path / "dpo" / "metrics.jsonl")) < len(computed)
 
 
 def test_an_interrupted_run_resumes_to_the_same_bits(base, tuned, tmp_path, monkeypatch, capsys):
