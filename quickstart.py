@@ -211,7 +211,7 @@ def _run(todo: list[Stage], config: Config, soul: Soul) -> int:
         if code:
             return _stopped(config, code)
         record.put(stage, spent + seconds, done=True)
-        if seconds > 20:  # a short stage says nothing about this machine's speed
+        if stage.minutes >= 1:  # a short stage says nothing about this machine's speed
             pace = seconds / 60 / stage.minutes
     _tell(config, sum(map(record.seconds, todo)) / 60)
     return 0

@@ -9,6 +9,7 @@
 import json
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 from urllib.parse import urlsplit
 
@@ -65,6 +66,10 @@ def open_teacher(spec: str) -> Teacher:
         return HttpTeacher(Provider(url.rstrip("/"), "SOULSMITH_API_KEY"), model, os.environ.get("SOULSMITH_API_KEY") or "none")
     if kind == "local" and rest:
         from datagen.local import LocalTeacher
+        from model.pull import MODELS
+
+        if rest not in MODELS and not Path(rest).exists():
+            raise UserError(f"no model {rest!r}", where=spec, fix=f"Give a directory, or one of: {', '.join(MODELS)}.")
 
         return LocalTeacher(rest)
     if kind not in PROVIDERS or not rest:

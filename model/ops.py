@@ -1,6 +1,7 @@
 """The decoder's arithmetic: products, norm, RoPE, and log-probabilities that never hold full logits."""
 
 import functools
+import logging
 import os
 import platform
 
@@ -12,6 +13,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from soul.files import home
 
 BF16, F32 = jnp.bfloat16, jnp.float32
+log = logging.getLogger(__name__)
 
 
 def enable_compile_cache() -> None:
@@ -35,9 +37,20 @@ def resolve_compute(compute: str = "auto") -> str:
     if platform.system() == "Linux" and os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo") as f:
             flags = next((line.split() for line in f if line.startswith("flags")), [])
-        if "avx512_bf16" in flags or "amx_bf16" in flags:
+        if ("avx512_bf16" in flags or "amx_bf16" in flags) and _bf16_runs():
             return "bf16"
     return "fp32"
+
+
+def _bf16_runs() -> bool:
+    """XLA may compile a bf16 × bf16 → fp32 product and only fail when it runs ("UNIMPLEMENTED ... DotThunk"): try all three forms."""
+    x, w = jnp.ones((64, 128)), jnp.ones((128, 256))
+    try:
+        jax.block_until_ready(jax.jit(jax.grad(lambda x, w: matmul(matmul(x, w, "bf16"), w, "bf16", True).sum(), (0, 1)))(x, w))
+    except jax.errors.JaxRuntimeError as error:
+        log.warning("bf16 products do not run here, using fp32: %s", str(error).splitlines()[0])
+        return False
+    return True
 
 
 def _dot(a, b, ca, cb):

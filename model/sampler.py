@@ -131,9 +131,7 @@ class Sampler:
 
     def step(self, steps: int = STEPS) -> list[tuple[int, Completion]]:
         """Start queued requests in free rows, decode up to `steps` tokens per row, and return what finished."""
-        for row, slot in enumerate(self.slots):
-            if self.queue and slot.request is None:
-                self._admit(row, *self.queue.popleft())
+        self.admit()
         busy = [row for row, slot in enumerate(self.slots) if slot.request]
         if not busy:
             return []
@@ -142,6 +140,12 @@ class Sampler:
         self.cache = _join(self.cache, fresh, self.rows["at"])
         self.rows |= {name: np.array(value) for name, value in state.items()}
         return self._collect(busy, np.asarray(out))
+
+    def admit(self) -> None:
+        """Give queued requests the free rows and read their prompts; `step` does it by itself."""
+        for row, slot in enumerate(self.slots):
+            if self.queue and slot.request is None:
+                self._admit(row, *self.queue.popleft())
 
     def _collect(self, busy, out_bn):
         finished = []

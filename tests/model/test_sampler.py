@@ -93,19 +93,29 @@ def test_a_shared_beginning_is_computed_once_and_changes_nothing(sampler, model,
         assert [completion] == Sampler(model, batch=4).generate([prompt], max_new=6)
 
 
+def assert_cached(sampler, model, prompt):
+    """What the sampler holds for the prompt is what a fresh one computes for it."""
+    fresh = Sampler(model, max_len=600, batch=4)
+    assert sampler.generate([prompt], max_new=2) == fresh.generate([prompt], max_new=2)
+    [row], n = [r for r, slot in enumerate(sampler.slots) if slot.held[:len(prompt)] == list(prompt)], len(prompt)
+    for a, b in zip(sampler.cache, fresh.cache, strict=True):
+        np.testing.assert_allclose(a[row, :, :n], b[0, :, :n], atol=1e-4)
+
+
 def test_a_beginning_shared_near_the_end_of_the_cache(sampler, model):
-    first = (PROMPTS[6] * 2)[:250]
-    for prompt in (first, first[:210] + [3] * 35):
-        assert sampler.generate([prompt], max_new=2) == Sampler(model, batch=4).generate([prompt], max_new=2)
+    first = (PROMPTS[6] * 2)[:240]
+    assert_cached(sampler, model, first)
+    assert_cached(sampler, model, first[:200] + [3] * 45)
+    assert sampler.size == 256
 
 
 def test_a_finished_row_keeps_its_tokens_while_others_go_on(sampler, model):
     full = (PROMPTS[6] * 2)[:241]
-    _, got = sampler.generate([PROMPTS[0], full], max_new=16)  # the second row now fills the cache to its last place
-    assert sampler.size == 256
+    _, got = sampler.generate([PROMPTS[0], full], max_new=16)
+    assert sampler.size == len(sampler.slots[1].held) == 256  # the second row fills the cache to its last place
     sampler.generate([PROMPTS[1]], max_new=17)
-    turn = full + got.ids + PROMPTS[2]
-    assert sampler.generate([turn], max_new=6) == Sampler(model, batch=4).generate([turn], max_new=6)
+    del sampler.slots[0].held[:]
+    assert_cached(sampler, model, full + got.ids + PROMPTS[2])
 
 
 def test_the_cache_grows_for_long_rows_and_shrinks_again(sampler, full_forward):

@@ -101,6 +101,13 @@ def test_checkpoints_come_by_the_clock(trained, tmp_path):
     assert list(often) == list(range(1, STEPS)) and never == {}  # the end is saved by the caller
 
 
+def test_lines_of_steps_that_are_done_again_are_replaced(trained, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"step": n, "loss": -1.0}) + "\n" for n in range(5)))
+    trained.run(tmp_path, start=3)
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(STEPS)) and [line["loss"] == -1.0 for line in lines] == [True] * 3 + [False] * 3
+
+
 def test_metrics_say_what_happened(trained, tmp_path):
     trained.run(tmp_path)
     lines = read_metrics(tmp_path / "metrics.jsonl")
@@ -109,6 +116,9 @@ def test_metrics_say_what_happened(trained, tmp_path):
     assert lines[0]["supervised"] == sum(int(b["weights"].sum()) for b in batches)
     assert lines[0]["tokens_per_s"] > 0 and lines[0]["grad_norm"] > 0
     assert lines[-1]["loss"] < lines[0]["loss"]
+    (_, (count, _)), grads = trained.programs.accumulated(trained.fresh().params, batches)
+    mean_norm = np.sqrt(sum(float((g**2).sum()) for g in jax.tree.leaves(grads))) / float(count)
+    assert lines[0]["grad_norm"] == pytest.approx(mean_norm, rel=1e-5)
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 0}) + '\n{"step": 1, "lo')
     assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 0}]
 

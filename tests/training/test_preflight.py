@@ -36,6 +36,7 @@ BOS, END = TEMPLATE.id["<|bos|>"], TEMPLATE.id["<|assistant_end|>"]
         (changed(mask=np.where(GOOD.ids == END, 0, GOOD.mask)), "not trained"),
         (changed(ids=with_id(4, BOS)), "exactly one"),
         (changed(ids=with_id(0, 65)), "exactly one"),
+        (changed(ids=np.roll(GOOD.ids, 2)), "exactly one"),
         (changed(ids=with_id(4, VOCAB)), "outside the vocabulary"),
         (changed(ids=with_id(4, -1)), "outside the vocabulary"),
         (changed(ids=GOOD.ids[:-1], mask=GOOD.mask[:-1]), "not trained"),
