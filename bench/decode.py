@@ -58,7 +58,9 @@ def main(config: Config) -> int:
             marks.append(time.perf_counter())
             speeds = batch * (config.prompt - 1) / (marks[1] - marks[0]), batch * config.new / (marks[2] - marks[1])
             best = [max(pair) for pair in zip(best, speeds, strict=True)]
-        print(f"batch {batch:>2}: decode {best[1]:.0f} tok/s (alone {best[1] / batch:.0f}), prefill {best[0]:.0f} tok/s, compile {compiled:.1f} s")
+        print(
+            f"batch {batch:>2}: decode {best[1]:.0f} tok/s (alone {best[1] / batch:.0f}), prefill {best[0]:.0f} tok/s, compile {compiled:.1f} s"
+        )
     return 0
 
 

@@ -1,9 +1,9 @@
 """Teachers: who answers. Every teacher makes frozen requests and gives raw answers; retry and deadline are the engine's.
 
-    http://host:8000/v1#model   any OpenAI-compatible server (key from SOULSMITH_API_KEY, if it needs one)
-    openrouter:vendor/model     key from OPENROUTER_API_KEY
-    openai:model                key from OPENAI_API_KEY
-    local:smollm2-135m          the embedded model, see datagen/local.py
+http://host:8000/v1#model   any OpenAI-compatible server (key from SOULSMITH_API_KEY, if it needs one)
+openrouter:vendor/model     key from OPENROUTER_API_KEY
+openai:model                key from OPENAI_API_KEY
+local:smollm2-135m          the embedded model, see datagen/local.py
 """
 
 import json

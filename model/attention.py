@@ -20,7 +20,7 @@ def attention(q_bthk, k_bskh, v_bskh, segments_bt=None, compute: str = "fp32") -
     kind = jnp.bfloat16 if compute == "bf16" else jnp.float32
     if jax.default_backend() == "cpu":
         b, t, heads, h = q_bthk.shape
-        q_bktgh = (q_bthk * h ** -0.5).reshape(b, t, k_bskh.shape[2], -1, h).transpose(0, 2, 1, 3, 4)
+        q_bktgh = (q_bthk * h**-0.5).reshape(b, t, k_bskh.shape[2], -1, h).transpose(0, 2, 1, 3, 4)
         k_bksh, v_bksh = k_bskh.transpose(0, 2, 1, 3), v_bskh.transpose(0, 2, 1, 3)
         first_bt = segment_starts(q_bthk.shape[:2], segments_bt)
         out = lax.map(lambda row: _blockwise(*row, kind), (q_bktgh, k_bksh, v_bksh, first_bt))

@@ -30,8 +30,9 @@ class ModelConfig:
 
     def __post_init__(self):
         if self.n_heads % self.n_kv_heads:
-            raise UserError(f"{self.n_heads} query heads cannot share {self.n_kv_heads} key-value heads",
-                            fix="n_heads must be a multiple of n_kv_heads")
+            raise UserError(
+                f"{self.n_heads} query heads cannot share {self.n_kv_heads} key-value heads", fix="n_heads must be a multiple of n_kv_heads"
+            )
         if self.d_head % 2:
             raise UserError(f"head width {self.d_head} is odd", fix="RoPE rotates pairs: d_head must be even")
 
@@ -48,12 +49,20 @@ class ModelConfig:
             heads, d_model = hf["num_attention_heads"], hf["hidden_size"]
             default_head = 128 if arch == "Qwen3ForCausalLM" else d_model // heads
             return cls(
-                vocab_size=hf["vocab_size"], d_model=d_model, n_layers=hf["num_hidden_layers"], n_heads=heads,
-                n_kv_heads=hf.get("num_key_value_heads") or heads, d_head=hf.get("head_dim") or default_head,
-                d_ff=hf["intermediate_size"], norm_eps=float(hf.get("rms_norm_eps", 1e-6)),
+                vocab_size=hf["vocab_size"],
+                d_model=d_model,
+                n_layers=hf["num_hidden_layers"],
+                n_heads=heads,
+                n_kv_heads=hf.get("num_key_value_heads") or heads,
+                d_head=hf.get("head_dim") or default_head,
+                d_ff=hf["intermediate_size"],
+                norm_eps=float(hf.get("rms_norm_eps", 1e-6)),
                 rope_theta=float(rope.get("rope_theta") or hf.get("rope_theta") or 10_000.0),
-                qkv_bias=qkv_bias, qk_norm=qk_norm, tied=bool(hf.get("tie_word_embeddings", False)),
-                max_len=hf.get("max_position_embeddings", 2048))
+                qkv_bias=qkv_bias,
+                qk_norm=qk_norm,
+                tied=bool(hf.get("tie_word_embeddings", False)),
+                max_len=hf.get("max_position_embeddings", 2048),
+            )
         except KeyError as missing:
             raise UserError(f"key {missing} is missing", where=where) from None
         except (TypeError, ValueError, ZeroDivisionError) as error:
@@ -65,11 +74,21 @@ class ModelConfig:
         if arch is None:
             raise UserError("no Hugging Face architecture has both QKV bias and QK-norm", fix="switch one of them off")
         return {
-            "architectures": [arch], "model_type": MODEL_TYPES[arch], "vocab_size": self.vocab_size,
-            "hidden_size": self.d_model, "num_hidden_layers": self.n_layers, "num_attention_heads": self.n_heads,
-            "num_key_value_heads": self.n_kv_heads, "head_dim": self.d_head, "intermediate_size": self.d_ff,
-            "rope_theta": self.rope_theta, "rms_norm_eps": self.norm_eps, "tie_word_embeddings": self.tied,
-            "max_position_embeddings": self.max_len, "hidden_act": "silu", "attention_bias": False,
+            "architectures": [arch],
+            "model_type": MODEL_TYPES[arch],
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.d_model,
+            "num_hidden_layers": self.n_layers,
+            "num_attention_heads": self.n_heads,
+            "num_key_value_heads": self.n_kv_heads,
+            "head_dim": self.d_head,
+            "intermediate_size": self.d_ff,
+            "rope_theta": self.rope_theta,
+            "rms_norm_eps": self.norm_eps,
+            "tie_word_embeddings": self.tied,
+            "max_position_embeddings": self.max_len,
+            "hidden_act": "silu",
+            "attention_bias": False,
             "torch_dtype": "float32",
         }
 

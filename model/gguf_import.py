@@ -46,7 +46,6 @@ class Gguf:
     path: Path
     config: ModelConfig
     tokenizer: Tokenizer
-    chat_template: str | None
     reader: object
 
     def tensors(self) -> Iterator[LazyTensor]:
@@ -95,7 +94,7 @@ def read_gguf(path: str | Path) -> Gguf:
         tokenizer = _tokenizer(fields, path)
     except KeyError as missing:
         raise UserError(f"metadata {missing} is missing", where=path) from None
-    return Gguf(path, config, tokenizer, fields.get("tokenizer.chat_template"), reader)
+    return Gguf(path, config, tokenizer, reader)
 
 
 def _config(fields: dict, names: set[str], path: Path) -> ModelConfig:
@@ -110,15 +109,10 @@ def _config(fields: dict, names: set[str], path: Path) -> ModelConfig:
         "num_hidden_layers": get["block_count"], "num_attention_heads": heads,
         "num_key_value_heads": get.get("attention.head_count_kv", heads),
         "head_dim": get.get("attention.key_length", get["embedding_length"] // heads), "intermediate_size": get["feed_forward_length"],
-        "rms_norm_eps": _short(get["attention.layer_norm_rms_epsilon"]), "rope_theta": get.get("rope.freq_base", 10_000.0),
+        "rms_norm_eps": get["attention.layer_norm_rms_epsilon"], "rope_theta": get.get("rope.freq_base", 10_000.0),
         "rope_scaling": {"rope_type": "llama3"} if scaled else None, "max_position_embeddings": get["context_length"],
         "tie_word_embeddings": "output.weight" not in names,
     }, where=str(path))  # fmt: skip
-
-
-def _short(value: float) -> float:
-    """The shortest decimal of an fp32 number: 1e-05, not 9.999999747378752e-06."""
-    return float(str(np.float32(value)))
 
 
 def _tokenizer(fields: dict, path: Path) -> Tokenizer:

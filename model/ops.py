@@ -24,7 +24,7 @@ def enable_compile_cache() -> None:
 
 @functools.cache
 def resolve_compute(compute: str = "auto") -> str:
-    """"auto" becomes "bf16" where the hardware multiplies bf16 faster, else "fp32".
+    """ "auto" becomes "bf16" where the hardware multiplies bf16 faster, else "fp32".
 
     Decided by CPU flags and not by a stopwatch: a resumed run must choose the same on the same machine, however busy it is.
     """

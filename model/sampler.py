@@ -67,27 +67,38 @@ class Sampler:
         self.bits = _bits(self.params["embed"][...])
         self.slots = [_Slot([]) for _ in range(self.batch)]
         self.queue: deque[tuple[int, Request]] = deque()
-        self.handles = 0
-        self.size = 256
-        c = model.config
+        self.handles, self.size, c = 0, 256, model.config
         self.cache = [jnp.zeros((self.batch, c.n_kv_heads, self.size, c.d_head), self.dtype) for _ in range(2 * c.n_layers)]
         self.rows = {  # per-row state on the host, sent with each dispatch
-            "token": np.zeros(self.batch, np.int32), "at": np.zeros(self.batch, np.int32),
-            "left": np.zeros(self.batch, np.int32), "seed": np.zeros(self.batch, np.uint32),
-            "temperature": np.zeros(self.batch, np.float32), "top_p": np.ones(self.batch, np.float32),
+            "token": np.zeros(self.batch, np.int32),
+            "at": np.zeros(self.batch, np.int32),
+            "left": np.zeros(self.batch, np.int32),
+            "seed": np.zeros(self.batch, np.uint32),
+            "temperature": np.zeros(self.batch, np.float32),
+            "top_p": np.ones(self.batch, np.float32),
             "stops": np.full((self.batch, MAX_STOPS), -1, np.int32),
         }
 
-    def generate(self, prompts: Sequence[Sequence[int]], *, max_new: int, temperature: float = 0.0, top_p: float = 1.0,
-                 seeds: Sequence[int] | None = None, stop_ids: Sequence[int] = (),
-                 on_done: Callable[[int, Completion], None] | None = None) -> list[Completion]:
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new: int,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seeds: Sequence[int] | None = None,
+        stop_ids: Sequence[int] = (),
+        on_done: Callable[[int, Completion], None] | None = None,
+    ) -> list[Completion]:
         """Continue every prompt; results in the order of `prompts`. `on_done(index, completion)` is called as each one ends.
 
         Seeds default to the prompt's index. Raises UserError for an empty prompt or one that fills max_len.
         """
         seeds = range(len(prompts)) if seeds is None else seeds
-        index = {self.submit(Request(p, max_new, temperature, top_p, s, frozenset(stop_ids))): i
-                 for i, (p, s) in enumerate(zip(prompts, seeds, strict=True))}
+        index = {
+            self.submit(Request(p, max_new, temperature, top_p, s, frozenset(stop_ids))): i
+            for i, (p, s) in enumerate(zip(prompts, seeds, strict=True))
+        }
         done: dict[int, Completion] = {}
         while len(done) < len(prompts):
             for handle, completion in self.step():
@@ -96,8 +107,16 @@ class Sampler:
                     on_done(index[handle], completion)
         return [done[i] for i in range(len(prompts))]
 
-    def stream(self, prompt: Sequence[int], *, max_new: int, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0,
-               stop_ids: Sequence[int] = ()) -> Iterator[int]:
+    def stream(
+        self,
+        prompt: Sequence[int],
+        *,
+        max_new: int,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop_ids: Sequence[int] = (),
+    ) -> Iterator[int]:
         """Yield the ids that `generate` would return for this prompt, as they come. Closing the iterator stops the work."""
         handle = self.submit(Request(prompt, max_new, temperature, top_p, seed, frozenset(stop_ids)))
         sent, done = 0, None
@@ -114,8 +133,10 @@ class Sampler:
     def submit(self, request: Request) -> int:
         """Queue a request and return its handle; `step` does the work. Raises UserError for a prompt that cannot be continued."""
         if not len(request.prompt) or len(request.prompt) >= self.max_len or request.max_new < 1:
-            raise UserError(f"a prompt of {len(request.prompt)} tokens with {request.max_new} to generate does not fit",
-                            fix=f"prompts need 1 to {self.max_len - 1} tokens, and at least 1 to generate")
+            raise UserError(
+                f"a prompt of {len(request.prompt)} tokens with {request.max_new} to generate does not fit",
+                fix=f"prompts need 1 to {self.max_len - 1} tokens, and at least 1 to generate",
+            )
         if len(request.stop_ids) > MAX_STOPS:
             raise UserError(f"{len(request.stop_ids)} stop ids", fix=f"give at most {MAX_STOPS}")
         self.handles += 1
@@ -174,9 +195,15 @@ class Sampler:
         self._prefill(row, prompt[:-1], start)
         self.slots[row] = _Slot(prompt[:-1], request, handle, [])
         stops = sorted(request.stop_ids)
-        for name, value in {"token": prompt[-1], "at": len(prompt) - 1, "seed": request.seed & 0xFFFFFFFF,
-                            "left": min(request.max_new, self.max_len - len(prompt)), "top_p": request.top_p,
-                            "temperature": request.temperature, "stops": stops + [-1] * (MAX_STOPS - len(stops))}.items():
+        for name, value in {
+            "token": prompt[-1],
+            "at": len(prompt) - 1,
+            "seed": request.seed & 0xFFFFFFFF,
+            "left": min(request.max_new, self.max_len - len(prompt)),
+            "top_p": request.top_p,
+            "temperature": request.temperature,
+            "stops": stops + [-1] * (MAX_STOPS - len(stops)),
+        }.items():
             self.rows[name][row] = value
 
     def _prefill(self, row, prompt, at):
@@ -184,7 +211,7 @@ class Sampler:
         while at < len(prompt):
             width = LONG if len(prompt) - at > 2 * CHUNK and at + LONG <= self.size else CHUNK
             ids = np.zeros((1, width), np.int32)  # padding writes places that later tokens overwrite before anyone sees them
-            ids[0, :len(prompt) - at] = prompt[at:at + width]
+            ids[0, : len(prompt) - at] = prompt[at : at + width]
             self.cache = _prefill(self.graph, self.params, self.bits, self.cache, ids, row, at)
             at += width
 
@@ -199,7 +226,7 @@ class Sampler:
             self.size = size
         for row, slot in enumerate(self.slots):
             if slot.request is None:  # each dispatch writes STEPS places after `at` in every row, busy or not
-                del slot.held[self.size - STEPS:]
+                del slot.held[self.size - STEPS :]
                 self.rows["at"][row] = len(slot.held)
 
 
@@ -242,7 +269,7 @@ def _put(a, new, at):
 def _scores(q_bktgh, k_bksh, seen_bts):
     """Masked fp32 scores b,K,T·G,S. The cache is K-major, so both operands of the product are contiguous."""
     b, kv, t, g, h = q_bktgh.shape
-    q = (q_bktgh * h ** -0.5).astype(k_bksh.dtype).reshape(b, kv, t * g, h)
+    q = (q_bktgh * h**-0.5).astype(k_bksh.dtype).reshape(b, kv, t * g, h)
     scores = lax.dot_general(q, k_bksh, (((3,), (3,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32)
     seen = jnp.broadcast_to(seen_bts[:, None, :, None], (b, 1, t, g, k_bksh.shape[2])).reshape(b, 1, t * g, -1)
     return jnp.where(seen, scores, -1e30)
@@ -321,8 +348,10 @@ def _decode(graph, params, bits_vd, cache, rows, steps, vocab):
 @functools.partial(jax.jit, donate_argnums=0)
 def _join(cache, fresh, at_b):
     """Write every row's new keys and values at its own place. A dispatch of its own: inside _decode the donated cache was copied."""
+
     def join(row, cache):
         return [_put(a, lax.dynamic_slice_in_dim(f, row, 1), (row, 0, at_b[row], 0)) for a, f in zip(cache, fresh, strict=True)]
+
     return lax.fori_loop(0, at_b.shape[0], join, list(cache))
 
 
@@ -332,8 +361,11 @@ def sample(logits_bv, seed_b, at_b, temperature_b, top_p_b) -> jax.Array:
     One uniform per row, from (seed, position), inverted through the cumulative sum: no V random numbers, no sort.
     """
     greedy = jnp.argmax(logits_bv, axis=-1).astype(jnp.int32)
-    return lax.cond(jnp.any(temperature_b > 0), lambda: jnp.where(
-        temperature_b > 0, _draw(logits_bv, seed_b, at_b, temperature_b, top_p_b), greedy), lambda: greedy)
+    return lax.cond(
+        jnp.any(temperature_b > 0),
+        lambda: jnp.where(temperature_b > 0, _draw(logits_bv, seed_b, at_b, temperature_b, top_p_b), greedy),
+        lambda: greedy,
+    )
 
 
 def _draw(logits_bv, seed_b, at_b, temperature_b, top_p_b):

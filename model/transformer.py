@@ -87,8 +87,10 @@ class Decoder(nnx.Module):
         if positions_bt is None:
             positions_bt = jnp.arange(ids_bt.shape[1], dtype=jnp.int32)[None] - segment_starts(ids_bt.shape, segments_bt)
         if attend is None:
+
             def attend(_, q, k, v):
                 return attention(q, k, v, segments_bt, compute=self.compute)
+
         rotate = ops.rope_table(positions_bt, c.d_head, c.rope_theta)
         x_btd = self.embed[...][ids_bt].astype(jnp.float32) if x_btd is None else x_btd
         for i, layer in enumerate(self.layers):

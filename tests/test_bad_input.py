@@ -66,7 +66,10 @@ def test_a_second_process_on_one_run_directory_is_refused(tmp_path, capsys):
         assert "run" in generate(tmp_path, capsys)
 
 
-@pytest.mark.parametrize("argv", [["report", "{}"], ["show", "{}"], ["chat", "--model", "{}"], ["sft", "--out", "{}"], ["eval", "--model", "{}", "--out", "{}/e"]])
+@pytest.mark.parametrize(
+    "argv",
+    [["report", "{}"], ["show", "{}"], ["chat", "--model", "{}"], ["sft", "--out", "{}"], ["eval", "--model", "{}", "--out", "{}/e"]],
+)
 def test_a_path_that_is_not_there(argv, tmp_path, capsys):
     refused(capsys, *[part.format(tmp_path / "none") for part in argv])
 

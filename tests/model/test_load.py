@@ -108,7 +108,11 @@ def test_a_changed_template_is_refused_and_shown(loaded, tmp_path):
         load_model(tmp_path)
 
 
-STATE = {"params": {"w": jnp.arange(6.0).reshape(2, 3)}, "optimizer": (jnp.ones(3, jnp.bfloat16), {"count": jnp.int32(5)}), "step": jnp.int32(9)}
+STATE = {
+    "params": {"w": jnp.arange(6.0).reshape(2, 3)},
+    "optimizer": (jnp.ones(3, jnp.bfloat16), {"count": jnp.int32(5)}),
+    "step": jnp.int32(9),
+}
 
 
 def test_train_state_round_trip_keeps_the_newest(tmp_path):

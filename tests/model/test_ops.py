@@ -58,7 +58,8 @@ def test_segment_starts():
 def test_matmul_values_and_gradients(compute, tolerance, transpose):
     x, w, weight = normal(0, 3, 7, 16), normal(1, 16, 24), normal(2, 3, 7, 24)
     value, grads = jax.value_and_grad(lambda x, w: (ops.matmul(x, w, compute, transpose) * weight).sum(), (0, 1))(
-        x, w.T if transpose else w)
+        x, w.T if transpose else w
+    )
     wanted, exact = jax.value_and_grad(lambda x, w: (jnp.einsum("btd,df->btf", x, w) * weight).sum(), (0, 1))(x, w)
     np.testing.assert_allclose(value, wanted, rtol=tolerance * 10)
     for ours, theirs in zip(grads, (exact[0], exact[1].T if transpose else exact[1]), strict=True):

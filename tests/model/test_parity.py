@@ -21,7 +21,14 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 GOLDEN = Path(__file__).parents[1] / "golden"
 REAL = home() / "models" / "smollm2-135m"
 ROPE = {"rope_type": "default", "rope_theta": 5e5}
-SHAPE = {"vocab_size": 288, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 6, "num_key_value_heads": 2}
+SHAPE = {
+    "vocab_size": 288,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+}
 SHAPE |= {"max_position_embeddings": 256, "rope_parameters": ROPE, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
 PROMPTS = [
     "The capital of France is", "def fibonacci(n):\n", "import os\n\ndef list_files(path):\n    ", "Once upon a time", "1 2 3 4 5 6",

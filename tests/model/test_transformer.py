@@ -20,8 +20,12 @@ def decoder(seed=0, **changes):
     graph, params = nnx.split(model)
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(seed), len(leaves))
-    return nnx.merge(graph, jax.tree.unflatten(tree, [
-        x * 8 if x.ndim > 1 else x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]))
+    return nnx.merge(
+        graph,
+        jax.tree.unflatten(
+            tree, [x * 8 if x.ndim > 1 else x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+        ),
+    )
 
 
 @nnx.jit
@@ -119,29 +123,55 @@ def test_bf16_products_stay_near_fp32():
     assert 0 < gap < 0.05 * np.abs(logits(exact, ids)).max()
 
 
-SMOL = {"architectures": ["LlamaForCausalLM"], "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "vocab_size": 49152,
-        "num_attention_heads": 9, "num_key_value_heads": 3, "rms_norm_eps": 1e-5, "rope_theta": 100000, "tie_word_embeddings": True,
-        "max_position_embeddings": 8192, "hidden_act": "silu", "rope_scaling": None, "attention_bias": False}
+SMOL = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "vocab_size": 49152,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 100000,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 8192,
+    "hidden_act": "silu",
+    "rope_scaling": None,
+    "attention_bias": False,
+}
 
 
-@pytest.mark.parametrize("changes, wanted", [
-    ({}, {}),
-    ({"rope_theta": None, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, {"rope_theta": 5e5}),
-    ({"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": False, "sliding_window": 4096}, {"qkv_bias": True}),
-    ({"architectures": ["Qwen3ForCausalLM"], "head_dim": 128}, {"qk_norm": True, "d_head": 128}),
-])
+@pytest.mark.parametrize(
+    "changes, wanted",
+    [
+        ({}, {}),
+        ({"rope_theta": None, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, {"rope_theta": 5e5}),
+        ({"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": False, "sliding_window": 4096}, {"qkv_bias": True}),
+        ({"architectures": ["Qwen3ForCausalLM"], "head_dim": 128}, {"qk_norm": True, "d_head": 128}),
+    ],
+)
 def test_config_from_and_to_hugging_face(changes, wanted):
     config = ModelConfig.from_hf({**SMOL, **changes})
     assert config == dataclasses.replace(ModelConfig(), **wanted)
     assert ModelConfig.from_hf(config.to_hf()) == config
 
 
-@pytest.mark.parametrize("changes", [
-    {"architectures": ["MistralForCausalLM"]}, {"architectures": None}, {"rope_scaling": {"rope_type": "llama3", "factor": 8}},
-    {"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True}, {"hidden_act": "gelu"}, {"attention_bias": True},
-    {"mlp_bias": True}, {"layer_types": ["full_attention", "sliding_attention"]}, {"partial_rotary_factor": 0.5},
-    {"num_key_value_heads": 2}, {"hidden_size": None},
-])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"architectures": ["MistralForCausalLM"]},
+        {"architectures": None},
+        {"rope_scaling": {"rope_type": "llama3", "factor": 8}},
+        {"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True},
+        {"hidden_act": "gelu"},
+        {"attention_bias": True},
+        {"mlp_bias": True},
+        {"layer_types": ["full_attention", "sliding_attention"]},
+        {"partial_rotary_factor": 0.5},
+        {"num_key_value_heads": 2},
+        {"hidden_size": None},
+    ],
+)
 def test_a_config_that_would_not_be_exact_is_refused(changes):
     with pytest.raises(UserError):
         ModelConfig.from_hf({k: v for k, v in {**SMOL, **changes}.items() if (k, v) != ("hidden_size", None)})

@@ -73,7 +73,9 @@ def test_dpo_equals_numpy(smoothing, alpha):
     policy, reference = (-rng.exponential(1.0, len(batch["at"])).astype(np.float32) for _ in range(2))
     total, (count, sums) = losses.dpo(0.3, smoothing, alpha)(jnp.asarray(policy), batch | {"reference": reference})
     assert float(count) == 5
-    assert float(total / count) == pytest.approx(numpy_dpo(policy.astype(float), reference.astype(float), batch, 0.3, smoothing, alpha), rel=1e-5)
+    assert float(total / count) == pytest.approx(
+        numpy_dpo(policy.astype(float), reference.astype(float), batch, 0.3, smoothing, alpha), rel=1e-5
+    )
     chosen = [policy[batch["branch"] == p].sum() for p in range(5)]
     assert float(sums["chosen_logp"] / count) == pytest.approx(np.mean(chosen), rel=1e-5)
     assert float(sums["chosen_length"]) == sum((batch["branch"] == p).sum() for p in range(5))

@@ -40,7 +40,9 @@ def test_every_supervised_token_appears_exactly_once_and_in_its_own_segment(seed
         rows, columns = at // T, at % T
         segments = block["segments"]
         assert (block["ids"][rows, columns + 1] == targets).all()  # what is predicted is the next token …
-        assert (segments[rows, columns] == segments[rows, columns + 1]).all() and (segments[rows, columns] > 0).all()  # … of the same segment
+        assert (segments[rows, columns] == segments[rows, columns + 1]).all() and (
+            segments[rows, columns] > 0
+        ).all()  # … of the same segment
         for r in range(per_batch):
             for s in range(1, segments[r].max() + 1):
                 where = np.flatnonzero(segments[r] == s)

@@ -37,14 +37,25 @@ def model_dir(path, seed: int = 0):
 
 def sft_rows(n: int) -> list[dict]:
     return [
-        {"id": f"s{i}", "messages": [c.user(f"what is {i}?" + "." * (i % 7)), c.assistant(f"it is {i * i}, friend", c.tool_call("Read", file_path=f"f{i}"))]}
+        {
+            "id": f"s{i}",
+            "messages": [
+                c.user(f"what is {i}?" + "." * (i % 7)),
+                c.assistant(f"it is {i * i}, friend", c.tool_call("Read", file_path=f"f{i}")),
+            ],
+        }
         for i in range(n)
     ]
 
 
 def preference_rows(n: int) -> list[dict]:
     return [
-        {"id": f"p{i}", "prompt": [c.user(f"add {i}")], "chosen": [c.assistant(f"sum is {i}")], "rejected": [c.assistant("As an AI" + "!" * (i % 5))]}
+        {
+            "id": f"p{i}",
+            "prompt": [c.user(f"add {i}")],
+            "chosen": [c.assistant(f"sum is {i}")],
+            "rejected": [c.assistant("As an AI" + "!" * (i % 5))],
+        }
         for i in range(n)
     ]
 
