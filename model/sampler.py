@@ -95,16 +95,20 @@ class Sampler:
         Seeds default to the prompt's index. Raises UserError for an empty prompt or one that fills max_len.
         """
         seeds = range(len(prompts)) if seeds is None else seeds
-        index = {
-            self.submit(Request(p, max_new, temperature, top_p, s, frozenset(stop_ids))): i
-            for i, (p, s) in enumerate(zip(prompts, seeds, strict=True))
-        }
+        index: dict[int, int] = {}
         done: dict[int, Completion] = {}
-        while len(done) < len(prompts):
-            for handle, completion in self.step():
-                done[index[handle]] = completion
-                if on_done:
-                    on_done(index[handle], completion)
+        try:
+            for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+                index[self.submit(Request(prompt, max_new, temperature, top_p, seed, frozenset(stop_ids)))] = i
+            while len(done) < len(prompts):
+                for handle, completion in self.step():
+                    done[index[handle]] = completion
+                    if on_done:
+                        on_done(index[handle], completion)
+        finally:  # after an error or Ctrl-C nothing stays behind for the next call
+            for handle, i in index.items():
+                if i not in done:
+                    self.cancel(handle)
         return [done[i] for i in range(len(prompts))]
 
     def stream(
@@ -164,9 +168,8 @@ class Sampler:
 
     def admit(self) -> None:
         """Give queued requests the free rows and read their prompts; `step` does it by itself."""
-        for row, slot in enumerate(self.slots):
-            if self.queue and slot.request is None:
-                self._admit(row, *self.queue.popleft())
+        while self.queue and any(slot.request is None for slot in self.slots):
+            self._admit(*self.queue.popleft())
 
     def _collect(self, busy, out_bn):
         finished = []
@@ -184,11 +187,13 @@ class Sampler:
         self.slots[row] = _Slot(self.slots[row].held)
         self.rows["left"][row] = 0
 
-    def _admit(self, row, handle, request):
+    def _admit(self, handle, request):
         prompt = [int(t) for t in request.prompt]
+        free = {row for row, slot in enumerate(self.slots) if slot.request is None}
         shared = [_common(slot.held, prompt[:-1]) // CHUNK * CHUNK for slot in self.slots]
-        source = max(range(self.batch), key=lambda r: (shared[r], r == row))
-        start = shared[source]
+        source = max(range(self.batch), key=lambda row: (shared[row], row in free))
+        start = shared[source]  # without a shared beginning, the row that holds least is given up: another chat may come back to its own
+        row = source if start and source in free else min(free, key=lambda row: len(self.slots[row].held))
         self._resize(-(-len(prompt) // CHUNK) * CHUNK)
         if start and source != row:
             self.cache = _copy_row(self.cache, source, row)

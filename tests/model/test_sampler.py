@@ -93,6 +93,29 @@ def test_a_shared_beginning_is_computed_once_and_changes_nothing(sampler, model,
         assert [completion] == Sampler(model, batch=4).generate([prompt], max_new=6)
 
 
+def test_chats_that_take_turns_keep_their_rows(sampler, monkeypatch):
+    chats = [[i] * 70 for i in range(3)]
+    for chat, got in zip(chats, sampler.generate(chats, max_new=4), strict=True):
+        chat += got.ids
+    chunks, real = [], module._prefill
+    monkeypatch.setattr(module, "_prefill", lambda *a: chunks.append(a[4].shape[1]) or real(*a))
+    for chat in (chats[1], chats[0], chats[2]):
+        sampler.generate([chat + [9] * 5], max_new=2)
+    assert chunks == [64] * 3
+
+
+def test_an_error_leaves_nothing_behind(sampler):
+    with pytest.raises(UserError):
+        sampler.generate([PROMPTS[0], []], max_new=3)
+
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sampler.generate(PROMPTS[:6], max_new=3, on_done=fail)
+    assert not sampler.queue and sampler.step() == []
+
+
 def assert_cached(sampler, model, prompt):
     """What the sampler holds for the prompt is what a fresh one computes for it."""
     fresh = Sampler(model, max_len=600, batch=4)
