@@ -111,16 +111,8 @@ class Sampler:
                     self.cancel(handle)
         return [done[i] for i in range(len(prompts))]
 
-    def stream(
-        self,
-        prompt: Sequence[int],
-        *,
-        max_new: int,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        seed: int = 0,
-        stop_ids: Sequence[int] = (),
-    ) -> Iterator[int]:
+    def stream(self, prompt: Sequence[int], *, max_new: int, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0,
+               stop_ids: Sequence[int] = ()) -> Iterator[int]:  # fmt: skip
         """Yield the ids that `generate` would return for this prompt, as they come. Closing the iterator stops the work."""
         handle = self.submit(Request(prompt, max_new, temperature, top_p, seed, frozenset(stop_ids)))
         sent, done = 0, None
