@@ -94,14 +94,14 @@ def test_a_shared_beginning_is_computed_once_and_changes_nothing(sampler, model,
 
 
 def test_chats_that_take_turns_keep_their_rows(sampler, monkeypatch):
-    chats = [[i] * 70 for i in range(3)]
-    for chat, got in zip(chats, sampler.generate(chats, max_new=4), strict=True):
-        chat += got.ids
+    chats = [[i] * 70 for i in range(4)]
+    for chat, got in zip(chats, sampler.generate(chats[:3], max_new=4) + sampler.generate(chats[3:], max_new=4), strict=True):
+        chat += got.ids  # the newcomer took the row that was still empty
     chunks, real = [], module._prefill
     monkeypatch.setattr(module, "_prefill", lambda *a: chunks.append(a[4].shape[1]) or real(*a))
-    for chat in (chats[1], chats[0], chats[2]):
+    for chat in (chats[1], chats[0], chats[3], chats[2]):
         sampler.generate([chat + [9] * 5], max_new=2)
-    assert chunks == [64] * 3
+    assert chunks == [64] * 4
 
 
 def test_an_error_leaves_nothing_behind(sampler):
