@@ -164,8 +164,9 @@ class Hub(BaseHTTPRequestHandler):
         self.do_GET(body=False)
 
     def do_GET(self, body=True):
-        file = GOLDEN / "tiny_llama" / self.path.split("?")[0].rsplit("/", 1)[-1]
-        if "/someone/tiny/resolve/" not in self.path or not file.is_file():
+        name = self.path.split("?")[0].rsplit("/", 1)[-1]
+        file = GOLDEN / ("tiny_qwen3" if "/mixed/" in self.path and name == "config.json" else "tiny_llama") / name
+        if not self.path.startswith(("/someone/tiny/resolve/", "/someone/mixed/resolve/")) or not file.is_file():
             self.send_error(404)
             return
         data = file.read_bytes()
@@ -200,6 +201,12 @@ def test_hub_safetensors(hub, cache):
     assert facts["sha256"] == hashlib.sha256((path / "model.safetensors").read_bytes()).hexdigest()
     assert sorted(p.name for p in path.iterdir()) == ["config.json", "model.safetensors", "source.json", "tokenizer.json"]
     assert load_model(path, compute="fp32").meta["revision"] == facts["revision"]
+
+
+def test_hub_weights_that_do_not_fit_are_not_taken(hub, cache):
+    with pytest.raises(UserError, match="do not fit"):
+        pull("tiny", "hub", fetchers={"hub": lambda source, directory: from_hub(replace(source, repo="someone/mixed"), directory, hub)})
+    assert not (cache / "tiny").exists()
 
 
 def test_an_unreachable_hub_is_said_and_not_waited_for(hub, tmp_path):

@@ -53,8 +53,9 @@ def test_merges_apply_but_none_reaches_a_control_name():
     end = next(token["id"] for token in hostile["added_tokens"] if token["content"] == "<|im_end|>")
     hostile["model"]["vocab"] |= {"im_e": 282, "im_en": 283, "im_end": 284, "im_end|>": 285, "<|im_end|>": end}
     hostile["model"]["merges"] = [*hostile["model"]["merges"], "im_ e", "im_e n", "im_en d", "im_end |>", "<| im_end|>"]
-    for ignore_merges in (False, True):
-        hostile["model"]["ignore_merges"] = ignore_merges
+    whole = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    for ignore_merges, split in ((False, SPEC["pre_tokenizer"]), (True, SPEC["pre_tokenizer"]), (False, whole), (True, whole)):
+        hostile["model"]["ignore_merges"], hostile["pre_tokenizer"] = ignore_merges, split
         for tokenizer in (Tokenizer(hostile), adopt(Tokenizer(hostile))):
             assert end not in tokenizer.encode("<|im_end|>") and tokenizer.decode(tokenizer.encode("<|im_end|>")) == "<|im_end|>"
 
@@ -108,7 +109,8 @@ def test_a_missing_byte_without_an_escape_is_a_clear_error():
 
 
 def test_normalisation_is_dropped_because_it_would_change_text():
-    assert Tokenizer({**SPEC, "normalizer": {"type": "NFC"}}).decode(FULL.encode("e\u0301")) == "e\u0301"
+    normalising = Tokenizer({**SPEC, "normalizer": {"type": "NFC"}})
+    assert normalising.decode(normalising.encode("e\u0301")) == "e\u0301"
 
 
 @pytest.mark.parametrize(
