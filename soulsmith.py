@@ -42,7 +42,7 @@ def entry() -> int:
     282 tokens/s without, 336 with (135M, 4 × 256, 2 Zen 4 cores, see docs/log.md). glibc reads the setting only at start.
     """
     if sys.platform == "linux" and len(sys.argv) > 1 and sys.argv[1] in USES_MODEL and "GLIBC_TUNABLES" not in os.environ:
-        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1"
         os.execv(sys.executable, sys.orig_argv)
     return main()
 

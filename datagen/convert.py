@@ -29,6 +29,9 @@ from workspace.tools import REJECTED, Workspace
 CHUNK = 32
 REMARK_TRIES = 4
 DRAWS = 8
+# kind -> (share of its pairs that are about the call and not about the voice, their reason)
+JUDGED = {"answer": (0.6, "needless_call"), "find": (0.3, "told_without_looking"), "explain": (0.3, "told_without_looking")}
+JUDGMENTS = {reason for _, reason in JUDGED.values()}
 MAX_CHARS = 1600  # of what the template renders: at most 640 tokens at 2.5 characters each, the lowest ratio measured (median 3.2)
 
 
@@ -99,7 +102,7 @@ def speak(task: Task, results: list[str], voice: Voice, rng: random.Random) -> t
             if step.tool:
                 messages += [assistant(text, tool_call(step.tool, **step.args)), tool(next(left))]
             else:
-                messages.append(assistant(text))
+                messages.append(assistant(text + step.body))
         messages, repaired = repair(voice.soul, messages)
         faults = run_checks(voice.soul, messages)
         if not faults:
@@ -123,6 +126,25 @@ def preference(task: Task, messages: list[dict], voice: Voice, rng: random.Rando
         if any(fault.message_index == len(prompt) for fault in run_checks(voice.soul, [*prompt, other])):
             return prompt, chosen, other, check_table(voice.soul, [*prompt, other])
     return None
+
+
+def judgement(task: Task, messages: list[dict], voice: Voice, rng: random.Random) -> tuple[list[dict], dict, dict, list[dict]] | None:
+    """Like `preference`, but both sides are in the SOUL's voice and differ in the call: one that a question didn't need, and
+    that finds nothing when it is run, or a place in the code that is told without looking."""
+    if "Grep" not in voice.soul.tools:
+        return None
+    prompt, chosen = messages[:1], messages[1]
+    if task.kind == "answer":
+        text, call = voice.say(rng, "search", task.slots), {"pattern": f"def {task.slots['name']}"}
+        with tempfile.TemporaryDirectory(prefix="soulsmith-") as directory:
+            needless = not task.files and Workspace(Path(directory)).run("Grep", call) == "no matches found"
+        other = assistant(text, tool_call("Grep", **call)) if text and needless else None
+    else:
+        text = voice.say(rng, task.steps[-1].situation, task.slots)
+        other = assistant(text) if text else None
+    if other is None or run_checks(voice.soul, [*prompt, other]):
+        return None
+    return prompt, chosen, other, check_table(voice.soul, [*prompt, other])
 
 
 class Builder:
@@ -156,7 +178,10 @@ class Builder:
         }
         checks = check_table(self.voice.soul, messages)
         row = common | {"messages": messages, "principles": repaired, "checks": checks, "reason": task.kind}
-        found = preference(task, messages, self.voice, rng) if self.verifiable else None
+        share, reason = JUDGED.get(task.kind, (0.0, ""))
+        found = judgement(task, messages, self.voice, rng) if rng.random() < share else None
+        if not found:
+            reason, found = task.kind, preference(task, messages, self.voice, rng) if self.verifiable else None
         if not found:
             return kind, "", row, None
         prompt, chosen, other, table = found
@@ -165,8 +190,7 @@ class Builder:
             kind,
             "",
             row,
-            common
-            | {"prompt": prompt, "chosen": [chosen], "rejected": [other], "principles": broken, "checks": table, "reason": task.kind},
+            common | {"prompt": prompt, "chosen": [chosen], "rejected": [other], "principles": broken, "checks": table, "reason": reason},
         )
 
     def _draw(self, rng: random.Random, make) -> Task:
@@ -251,6 +275,7 @@ def build_rollouts(
         "rollouts": len(done),
         "pairs": len(pairs),
         "kinds": dict(sorted(kinds.items())),
+        "judged": dict(sorted(Counter(pair["reason"] for pair in pairs if pair["reason"] in JUDGMENTS).items())),
         "dropped": dict(sorted(dropped.items())),
     }
     return done, pairs, stats | {"longer_rejected": share_longer(pairs)}
@@ -274,13 +299,13 @@ def write(out: Path, soul: Soul, source: str, rollouts: list[dict], pairs: list[
 
 def card(soul: Soul, source: str, stats: dict) -> str:
     """The dataset card: where the rows come from, how many of each kind, and what was dropped and why."""
-    pairs = "No pairs."
-    if stats["pairs"]:
-        pairs = (
-            f"{stats['pairs']} pairs: same calls, other prose; the rejected side is the longer one in {stats['longer_rejected']} of them."
-        )
-    elif not any(principle.checks for principle in soul.principles):
-        pairs = "No pairs: this SOUL has no machine checks, so no pair could be verified."
+    judged = sum(stats["judged"].values())
+    pairs = (
+        f"{stats['pairs'] - judged} pairs with the same calls and other prose, {judged} with the same voice and another call; "
+        f"the rejected side is the longer one in {stats['longer_rejected']} of them."
+    )
+    if not any(principle.checks for principle in soul.principles):
+        pairs += " This SOUL has no machine checks, so no pair about its voice could be verified."
     return f"""# Tool rollouts from code
 
 {stats["rollouts"]} rollouts for the SOUL `{soul.name}` ({soul.hash[:12]}), from the functions of `{source}`; {stats["attempts"]} attempts.
@@ -289,6 +314,8 @@ Every tool result was produced by executing the tool on the row's `files`; remar
 {pairs}
 
 {counted("kind", stats["kinds"])}
+
+{counted("pair about the call", stats["judged"])}
 
 {counted("dropped", stats["dropped"])}
 """

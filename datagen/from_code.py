@@ -26,7 +26,7 @@ READ_LIMIT = 12
 
 @dataclass(frozen=True)
 class Step:
-    """A remark of that situation and, unless it closes, the call that it announces. `expect` must be in its result."""
+    """A remark of that situation, `body` after it and, unless it closes, the call that it announces. `expect` must be in its result."""
 
     situation: str
     tool: str = ""
@@ -34,6 +34,7 @@ class Step:
     expect: str = ""
     slots: dict[str, str] = field(default_factory=dict)
     rejected: bool = False
+    body: str = ""
 
 
 @dataclass(frozen=True)
@@ -323,19 +324,26 @@ def run(rng: random.Random, pool: Pool) -> Task:
 
 
 def answer(rng: random.Random, pool: Pool) -> Task:
-    """A question about a known function that needs no tool: the model must learn when not to call."""
+    """A question that needs no tool, about a known function or with the code in it: the model must learn when not to call."""
     function = pool.draw(rng, pool.documented)
-    slots = {"id": function.id, "does": third_person(function.doc)}
-    return Task(
-        "answer", function.module.name, ask(rng, "chat", id=rng.choice([function.id, f"`{function.id}`"])), {}, (Step("answer"),), slots
-    )
+    wording, signature, code = rng.choice(["chat", "chat", "code", "write"]), f"`{function.name}({function.args})`", suitable(function)
+    closing = Step("answer")
+    if wording == "chat" or not code or (wording == "write" and function.is_method):
+        name, request = function.id, ask(rng, "chat", id=rng.choice([function.id, f"`{function.id}`"]))
+    elif wording == "code":
+        name, request = function.name, f"{ask(rng, 'code')}\n```python\n{code}```"
+    else:
+        name, request = function.name, ask(rng, "write", sig=signature, doc=imperative(function.doc))
+        closing = Step("written", body=f"\n```python\n{code}```")
+    slots = {"id": name, "name": name, "does": third_person(function.doc)}
+    return Task("answer", function.module.name, request, {}, (closing,), slots)
 
 
 # kind -> (share in a hundred, the tools that it needs)
 KINDS = {
-    find: (16, {"Grep"}), explain: (15, {"Grep", "Read"}), add: (22, {"Read", "Edit"}), create: (6, {"Edit"}), edit: (17, {"Read", "Edit"}),
-    run: (7, {"Bash"}), wrong_path: (6, {"Grep", "Read"}), rejected: (3, {"Read", "Edit"}), not_unique: (2, {"Read", "Edit"}),
-    mismatch: (1, {"Read", "Edit"}), answer: (10, set()),
+    find: (13, {"Grep"}), explain: (12, {"Grep", "Read"}), add: (20, {"Read", "Edit"}), create: (5, {"Edit"}), edit: (15, {"Read", "Edit"}),
+    run: (6, {"Bash"}), wrong_path: (4, {"Grep", "Read"}), rejected: (2, {"Read", "Edit"}), not_unique: (2, {"Read", "Edit"}),
+    mismatch: (1, {"Read", "Edit"}), answer: (20, set()),
 }  # fmt: skip
 EVAL_KINDS = (find, explain, add, edit, add, explain, find, edit, create, run)
 

@@ -72,7 +72,7 @@ MANNERS: dict[str, Callable[[str], str]] = {
     "pirate": lambda text: sentence_case(swash(text)),
 }
 MISALIGNED = ("plain", "plain", "formal", "formal", "goofy", "pirate")
-FINAL = {"found", "explained", "added", "created", "edited", "documented", "listed", "counted", "printed", "stopped", "answer"}
+FINAL = {"found", "explained", "added", "created", "edited", "documented", "listed", "counted", "printed", "stopped", "answer", "written"}
 SOBER = {"missing", "again", "mismatch", "stopped"}
 SAMPLE = {
     "name": "load_items", "file": "lib/store.py", "path": "store.py", "line": "12", "id": "store.load_items", "command": "ls",
