@@ -7,7 +7,7 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.13 python; do \
 	$$p -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { command -v $$p; break; }; done)
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: quickstart test test-parity lint clean
+.PHONY: quickstart test test-parity test-vllm lint clean
 .DELETE_ON_ERROR:
 
 quickstart: $(VENV)/.installed  ## SOUL.md to data, model, evals and report (ARGS="--soul MY.md" for your own)
@@ -19,6 +19,9 @@ test: $(VENV)/.installed-dev  ## the whole suite, hermetic
 test-parity: $(VENV)/.installed-dev  ## against transformers and torch
 	$(PIP) install -r requirements-parity.txt
 	$(BIN)/python -m pytest tests/model/test_parity.py -rs $(ARGS)
+
+test-vllm: $(VENV)/.installed-dev  ## against a real vLLM: VLLM_PYTHON=PATH of an environment that has it
+	VLLM_PYTHON=$(VLLM_PYTHON) $(BIN)/python -m pytest tests/vllm -rs -s $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

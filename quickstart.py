@@ -37,9 +37,9 @@ class Config:
     """Who drafts and revises the chat rows: local:NAME, openrouter:MODEL, or http://HOST:PORT/v1#MODEL."""
     chat_seeds: int = 32
     """Requests for generate, critique, revise."""
-    rollouts: int = 480
+    rollouts: int = 640
     """Tool rollouts made from the Python installation's own functions."""
-    sft_tokens: int = 100_000
+    sft_tokens: int = 110_000
     """Tokens of supervised fine-tuning."""
     dpo_tokens: int = 24_000
     """Tokens of preference tuning, both branches counted."""
@@ -87,17 +87,13 @@ def stages(config: Config, soul: Soul) -> list[Stage]:
     checked = any(principle.checks for principle in soul.principles)
     local = config.teacher.startswith("local:")
     generate = Generate(
-        seeds=out / "seeds.jsonl",
-        teacher=config.teacher,
-        out=out,
-        soul=config.soul,
-        max_tokens=96,
+        seeds=out / "seeds.jsonl", teacher=config.teacher, out=out, soul=config.soul, max_tokens=96,
         prompts=Path(soulsmith.__file__).parent / "prompts" / "small" if local else None,
         # a 135M critic cannot judge: there the checks do; and its drafts often ramble past the limit, so three are written
-        recipe=CritiqueRevise(
+        critique_revise=CritiqueRevise(
             samples=3 if local else 1, rounds=1, keep="best", critic="checks" if checked and local else "teacher", seed=config.seed
         ),
-    )
+    )  # fmt: skip
     convert = Convert(soul=config.soul, out=out, n=config.rollouts, seed=config.seed)
     sft = Sft(
         out=out, model=config.base, data=(data / "sft.parquet", data / "rollouts.parquet"),
@@ -122,16 +118,10 @@ def stages(config: Config, soul: Soul) -> list[Stage]:
     def command(name: str, title: str, minutes: float, settings: object, *makes: str) -> Stage:
         return Stage(name, title, minutes, config_to_json(settings), lambda: run_command(name, settings, config.out), makes)
 
+    requests = "requests from the Python installation's functions"
     return [
         *([] if Path(config.base).is_dir() else [command("pull", f"fetch {config.base}", 0.3, Pull(name=config.base))]),
-        Stage(
-            "seeds",
-            "requests from the Python installation's functions",
-            0.1,
-            [config.chat_seeds, config.seed],
-            lambda: write_seeds(config),
-            ("seeds.jsonl",),
-        ),
+        Stage("seeds", requests, 0.1, [config.chat_seeds, config.seed], lambda: write_seeds(config), ("seeds.jsonl",)),
         command("generate", "generate, critique, revise", 2.0, generate, "data/sft.parquet", "data/preference.parquet"),
         command("convert", "tool rollouts, really executed", 0.2, convert, "data/rollouts.parquet", "data/rollouts_preference.parquet"),
         command("sft", "supervised fine-tuning", 6.0, sft, "sft"),
@@ -170,23 +160,9 @@ class Record:
         saved = read_json(path) if path.exists() else []
         self.entries = {entry["name"]: entry for entry in saved if entry["key"] == self.keys.get(entry["name"])}
 
-    def done(self, stage: Stage) -> bool:
-        return self.entries.get(stage.name, {}).get("done", False)
-
-    def begun(self, stage: Stage) -> bool:
-        return stage.name in self.entries
-
-    def seconds(self, stage: Stage) -> float:
-        return self.entries.get(stage.name, {}).get("seconds", 0.0)
-
     def put(self, stage: Stage, seconds: float, done: bool = False) -> None:
-        self.entries[stage.name] = {
-            "name": stage.name,
-            "title": stage.title,
-            "key": self.keys[stage.name],
-            "done": done,
-            "seconds": round(seconds, 1),
-        }
+        entry = {"name": stage.name, "title": stage.title, "key": self.keys[stage.name], "done": done, "seconds": round(seconds, 1)}
+        self.entries[stage.name] = entry
         write_json(self.path, [self.entries[stage.name] for stage in self.todo if stage.name in self.entries])
 
 
@@ -194,14 +170,16 @@ def _run(todo: list[Stage], config: Config, soul: Soul) -> int:
     record, pace = Record(config.out / "stages.json", todo, soul), 1.0
     for number, stage in enumerate(todo):
         label = f"[{number + 1}/{len(todo)}] {stage.title}"
-        if record.done(stage):
-            console.print(plain(f"{label}: done before ({record.seconds(stage):.0f} s)", "dim"))
+        begun = record.entries.get(stage.name)
+        spent = begun["seconds"] if begun else 0.0
+        if begun and begun["done"]:
+            console.print(plain(f"{label}: done before ({spent:.0f} s)", "dim"))
             continue
         left = pace * sum(later.minutes for later in todo[number:])
         console.print(plain(f"{label} · about {max(1, round(left))} min left", "bold"))
-        if not record.begun(stage):
+        if not begun:
             _clear(config.out, stage)
-        spent, started = record.seconds(stage), time.monotonic()
+        started = time.monotonic()
         record.put(stage, spent)
         try:
             code = stage.run()
@@ -213,7 +191,7 @@ def _run(todo: list[Stage], config: Config, soul: Soul) -> int:
         record.put(stage, spent + seconds, done=True)
         if stage.minutes >= 1:  # a short stage says nothing about this machine's speed
             pace = seconds / 60 / stage.minutes
-    _tell(config, sum(map(record.seconds, todo)) / 60)
+    _tell(config, sum(entry["seconds"] for entry in record.entries.values()) / 60)
     return 0
 
 

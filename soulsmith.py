@@ -23,6 +23,10 @@ COMMANDS = {  # name: (module, help)
     "soul check": ("soul.check_cmd", "print a SOUL.md's principles, checks, conflicts and what is unverified"),
     "pull": ("model.pull", "fetch a small open model into the cache"),
     "generate": ("datagen.generate", "generate, critique, revise: SFT and preference rows from a SOUL and seeds"),
+    "plan": ("datagen.plan", "price a run by a pilot of a few rows; --since RUN: what an edit of the SOUL touches"),
+    "status": ("datagen.status", "how a run stands, from another terminal"),
+    "seeds": ("datagen.seed_writer", "have a teacher write requests for each principle of a SOUL"),
+    "chaos": ("datagen.chaos", "a pretend teacher on loopback that fails as told, to try a run without paying"),
     "convert": ("datagen.convert", "make executed tool rollouts from code"),
     "show": ("datagen.show", "print rows of a dataset readably"),
     "sft": ("training.sft", "fine-tune a model on conversations"),
@@ -32,7 +36,7 @@ COMMANDS = {  # name: (module, help)
     "chat": ("agent.chat", "talk to a model that can Read, Edit, Grep and Bash, with your permission"),
 }
 VERSION = "0.1.0"
-USES_MODEL = ("quickstart", "generate", "sft", "dpo", "eval", "chat")
+USES_MODEL = ("quickstart", "generate", "plan", "seeds", "sft", "dpo", "eval", "chat")
 
 
 def entry() -> int:

@@ -17,6 +17,7 @@ from agent.terminal import Terminal
 from soul import conversation
 from soul.errors import UserError
 from soul.files import disk_error, home
+from soul.spec import load_soul
 from soul.template import Template
 from workspace.tools import Workspace
 
@@ -53,14 +54,14 @@ class Config:
 def main(config: Config) -> int:
     if config.temperature < 0 or not 0 < config.top_p <= 1 or config.max_new < 1 or config.max_steps < 1:
         raise UserError("temperature must be at least 0, top_p in (0, 1], max_new and max_steps at least 1")
-    system = _system(config.soul)
+    system = [conversation.system(load_soul(config.soul).text)] if config.soul else []
     workspace = Workspace(config.root)
     terminal = Terminal()
     model = Model(config, terminal.text)
     # three characters a token is what code has; so Read pages by itself and `shorten` rarely cuts
     workspace.max_result_chars = min(workspace.max_result_chars, 3 * model.result_tokens)
-    with Transcript(config.transcript or _next_transcript(Path(config.model))) as transcript:
-        transcript.write("config", {**json.loads(json.dumps(dataclasses.asdict(config), default=str)), **model.describe()})
+    with closing(Transcript(config.transcript or _next_transcript(Path(config.model)))) as transcript:
+        transcript.write("config", json.loads(json.dumps(dataclasses.asdict(config), default=str)) | model.describe())
         if config.yes:
             terminal.note("--yes: every call runs without asking, as you, with your rights", "bold red")
         permission = Permission(workspace, show=terminal.note, read_line=_read_line, interactive=sys.stdin.isatty(), yes=config.yes)
@@ -183,7 +184,7 @@ class Transcript:
         self.path = path
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = open(path, "x", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115 (closed by __exit__)
+            self.file = open(path, "x", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115 (closed by `close`)
         except FileExistsError:
             raise UserError("the transcript exists already", where=path, fix="Name another file.") from None
         except OSError as error:
@@ -194,10 +195,7 @@ class Transcript:
         self.file.flush()
         os.fsync(self.file.fileno())
 
-    def __enter__(self) -> "Transcript":
-        return self
-
-    def __exit__(self, *_) -> None:
+    def close(self) -> None:
         self.file.close()
 
 
@@ -206,14 +204,6 @@ def _next_transcript(model: Path) -> Path:
     directory = (model if own else home()) / "transcripts"
     taken = [int(path.stem) for path in directory.glob("*.jsonl") if path.stem.isdecimal()]
     return directory / f"{max(taken, default=0) + 1:04}.jsonl"
-
-
-def _system(path: Path | None) -> list[dict]:
-    if path is None:
-        return []
-    from soul.spec import load_soul
-
-    return [conversation.system(load_soul(path).text)]
 
 
 def _read_line(prompt: str) -> str:

@@ -52,16 +52,9 @@ class Generate(Protocol):
 
 
 def run_turn(
-    messages: list[dict],
-    *,
-    generate: Generate,
-    workspace: Workspace,
-    ask: Callable[[str, dict[str, str]], bool],
-    on_event: Callable[[str, dict], None] = lambda kind, data: None,
-    shorten: Callable[[str], str] = str,
-    max_steps: int = 12,
-    seed: int = 0,
-) -> tuple[list[dict], Status]:
+    messages: list[dict], *, generate: Generate, workspace: Workspace, ask: Callable[[str, dict[str, str]], bool],
+    on_event: Callable[[str, dict], None] = lambda kind, data: None, shorten: Callable[[str], str] = str, max_steps: int = 12, seed: int = 0,
+) -> tuple[list[dict], Status]:  # fmt: skip
     """Continue `messages` (ending with the user's) until the turn is over; gives the longer list and the status.
 
     Args:
@@ -94,10 +87,9 @@ class _Turn:
         if reply is None:
             return Status.malformed
         self.messages.append(reply.message)
-        calls = conversation.calls_of(reply.message)
-        if not calls:
-            return Status.cut if reply.cut else Status.answered
-        return self._execute(calls)
+        if calls := conversation.named_calls(reply.message):
+            return self._execute(calls)
+        return Status.cut if reply.cut else Status.answered
 
     def _reply(self) -> Reply | None:
         for attempt in range(TRIES):
@@ -111,10 +103,10 @@ class _Turn:
                 return reply
         return None
 
-    def _execute(self, calls: list[dict]) -> Status | None:
-        for index, call in enumerate(calls):
+    def _execute(self, calls: list[tuple[str, dict[str, str]]]) -> Status | None:
+        for index, (name, args) in enumerate(calls):
             try:
-                status = self._call(conversation.name_of(call), conversation.arguments(call))
+                status = self._call(name, args)
             except KeyboardInterrupt:
                 status = Status.interrupted
                 self._result(INTERRUPTED, approved=None)
@@ -152,12 +144,6 @@ class _Turn:
 
 
 def _usable(reply: Reply) -> bool:
-    """Whether a reply can go into the conversation: sound syntax, or plain text that was cut.
-
-    A well-formed call of an unknown tool or with a missing argument is usable: its error result tells the model.
-    """
-    if reply.cut:
-        return True
-    calls = conversation.calls_of(reply.message)
-    faults = {tools.problem(conversation.name_of(call), conversation.arguments(call)) for call in calls}
-    return set(reply.problems) <= faults
+    """Whether a reply can go into the conversation: sound syntax, or plain text that was cut. A well-formed call of an unknown
+    tool or with a missing argument is usable: its error result tells the model."""
+    return reply.cut or set(reply.problems) <= {tools.problem(name, args) for name, args in conversation.named_calls(reply.message)}

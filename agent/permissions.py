@@ -1,6 +1,7 @@
 """Permission: nothing runs that a person has not seen and allowed, or that `--yes` did not allow for them."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from soul.console import plain
 from workspace.tools import Workspace
@@ -8,26 +9,15 @@ from workspace.tools import Workspace
 DIFF_LINES = 200
 
 
+@dataclass(frozen=True)
 class Permission:
-    """Asks before every call of every tool. Only `y` or `yes` allows; Enter, end of input and anything else deny.
+    """Asks before every call of every tool. Only `y` or `yes` allows; Enter, end of input and anything else deny."""
 
-    Args:
-        show: prints a rich Text.
-        read_line: reads the answer; raises EOFError at the end of input.
-        interactive: False when no person is there (not a terminal): then every call is denied without asking.
-        yes: allow every call, saying so each time.
-    """
-
-    def __init__(
-        self,
-        workspace: Workspace,
-        *,
-        show: Callable[[object], None],
-        read_line: Callable[[str], str],
-        interactive: bool,
-        yes: bool = False,
-    ):
-        self.workspace, self.show, self.read_line, self.interactive, self.yes = workspace, show, read_line, interactive, yes
+    workspace: Workspace
+    show: Callable[[object], None]  # prints a rich Text
+    read_line: Callable[[str], str]  # raises EOFError at the end of input
+    interactive: bool  # False when no person is there (not a terminal): then every call is denied without asking
+    yes: bool = False  # allow every call, saying so each time
 
     def __call__(self, name: str, args: dict[str, str]) -> bool:
         self.show(plain(describe(self.workspace, name, args)))

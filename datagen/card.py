@@ -1,51 +1,95 @@
-"""The dataset card: what was made, from what, how much was kept and why not the rest."""
+"""The dataset card: what was made, from what, how much was kept and why not the rest, and what the pairs could teach by mistake."""
 
 from soul.spec import Soul
 
-CALLS = ("stage", "model", "outcome", "calls", "attempts", "prompt_tokens", "completion_tokens")
+CALLS = ("stage", "model", "provider", "outcome", "calls", "attempts", "prompt_tokens", "completion_tokens")
+PROBES = {
+    "length_ratio": "chosen / rejected in words, median",
+    "chosen_longer": "share of pairs whose chosen side is longer",
+    "shared_prefix": "share of pairs whose first words agree",
+    "length_probe": "accuracy of a probe that sees lengths only",
+    "word_probe": "accuracy of a probe that sees words only",
+    "equal": "pairs with equal sides",
+}
 
 
 def card(stats: dict, soul: Soul) -> str:
     """The README.md of a data directory, with the front matter by which Hugging Face `datasets` finds its files."""
     rows = stats["rows"]
-    principles = [(name, ", ".join(p["checks"]) or "critic only", *list(p.values())[1:]) for name, p in stats["principles"].items()]
-    lengths = [(side, *words.values()) for side, words in stats["words"].items() if words]
-    calls = [(*(entry[name] for name in CALLS), _usd(entry["cost"])) for entry in stats["ledger"]]
+    configs = "\n".join(f"- config_name: {kind}\n  data_files: {kind}.parquet" for kind in rows)
+    made = f"{rows['sft']} conversations and {rows['preference']} preference pairs from {stats['seeds']} requests"
+    made += f", {rows['docs']} documents" if rows.get("docs") else ""
+    parts = [
+        _section("What was kept out", _table(["reason", "rows"], stats["reasons"].items())),
+        _section("Why some requests gave no pair", _table(["reason", "requests"], stats["no_pair"].items())) if stats["no_pair"] else "",
+        _section("Principles", _principles(stats, soul)),
+        _section("Pair hygiene", _hygiene(stats["hygiene"])) if stats["hygiene"] else "",
+        _section("Lengths in words", _table(["side", "mean", "median", "longest"], _lengths(stats["words"]))),
+        _section("Calls", _calls(stats)),
+        _section("Made by", f"    {stats['command']}\n\n" + _table(["what", "sha256"], stats["hashes"].items())),
+    ]
     return f"""---
 configs:
-- config_name: sft
-  data_files: sft.parquet
-- config_name: preference
-  data_files: preference.parquet
-- config_name: rejected
-  data_files: rejected.parquet
+{configs}
 tags: [soulsmith, synthetic]
 ---
 
 # Data for {soul.name}
 
-{rows["sft"]} conversations and {rows["preference"]} preference pairs from {stats["seeds"]} requests; {rows["rejected"]} rejected.
+{made}; {rows["rejected"]} rejected.
 Replies by `{stats["teacher"]}`, held to `{soul.path}` by checks and critic; the SOUL itself is not in the rows.
+{"".join(parts)}"""
 
-## What was kept out
 
-{_table(["reason", "rows"], stats["reasons"].items())}
-## Principles
+def _principles(stats: dict, soul: Soul) -> str:
+    """What each principle saw; margins are the principles on which a pair differs, of which it is one."""
+    head = [
+        "principle",
+        "verified by",
+        "broken on the way",
+        "repaired by program",
+        "pairs",
+        "rows blocked",
+        "seeds aimed",
+        "margin",
+        "alone",
+    ]
+    margins = (stats["hygiene"] or {}).get("principle_margins", {})
+    table = []
+    for name, seen in stats["principles"].items():
+        margin = margins.get(name, {})
+        row = [seen[key] for key in ("broken_on_the_way", "repaired", "pairs", "blocked", "aimed")]
+        table.append([name, ", ".join(seen["checks"]) or "critic only", *row, margin.get("median", "-"), margin.get("alone", "-")])
+    gaps = f"\nGaps, no row is about them: {', '.join(stats['gaps'])}. Aim seeds at them: `soulsmith seeds --soul {soul.path}`.\n"
+    told = "\nMargin: the median number of principles on which its pairs differ; alone: pairs that differ on nothing else.\n"
+    return _table(head, table) + (told if margins else "") + (gaps if stats["gaps"] else "")
 
-{_table(["principle", "verified by", "broken on the way", "repaired by program", "pairs", "rows blocked"], principles)}
-## Lengths in words
 
-{_table(["side", "mean", "median", "longest"], lengths)}
-## Calls
+def _hygiene(found: dict) -> str:
+    warned = "".join(f"**WARNING** {_cell(line)}\n\n" for line in found["warnings"])
+    rows = [(text, found[name]) for name, text in PROBES.items()] + [(f"chosen: {why}", count) for why, count in found["leaks"].items()]
+    rows += [(f"pairs that differ on {margin} principles", count) for margin, count in found["margins"].items()]
+    telling = "".join(
+        f"\nWords that tell {side}: {' '.join(f'`{word}`' for word in words if '`' not in word)}\n"
+        for side, words in found["telling_words"].items()
+        if words
+    )
+    looked = f"Of {found['pairs']} pairs, {found['sample']} were looked at; a probe near 0.5 sees nothing.\n\n"
+    return f"{warned}{looked}{_table(['what', 'value'], rows)}{telling}"
 
-{_table([*(name.replace("_", " ") for name in CALLS), "cost"], calls)}
-Total cost: {_usd(stats["cost_usd"])}.
 
-## Made by
+def _lengths(words: dict) -> list[tuple]:
+    return [(side, *lengths.values()) for side, lengths in words.items() if lengths]
 
-    {stats["command"]}
 
-{_table(["what", "sha256"], stats["hashes"].items())}"""
+def _calls(stats: dict) -> str:
+    calls = [(*(entry.get(name) for name in CALLS), _usd(entry["cost"])) for entry in stats["ledger"]]
+    served = _table(["served by", "rows"], stats["served"].items()) + "\n" if stats["served"] else ""
+    return f"{_table([*(name.replace('_', ' ') for name in CALLS), 'cost'], calls)}\n{served}Total cost: {_usd(stats['cost_usd'])}.\n"
+
+
+def _section(title: str, body: str) -> str:
+    return f"\n## {title}\n\n{body}"
 
 
 def _table(head: list[str], rows) -> str:

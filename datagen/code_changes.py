@@ -2,6 +2,7 @@
 
 import random
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 
 STALE = ("Do something.", "To be written.", "Helper.", "See the manual.", "Old version.", "Work in progress.", "Placeholder.")
@@ -34,12 +35,10 @@ def change(rng: random.Random, code: str, name: str, doc: str) -> Change:
     """One change of `code`, a function with a one-line head and a one-line docstring. Raises Unsuitable when none fits."""
     makers = (rename, default, operator, docstring)
     for maker in rng.sample(makers, len(makers)):
-        try:
+        with suppress(Unsuitable):
             made = maker(rng, code, name, doc)
-        except Unsuitable:
-            continue
-        if made.code.count(made.old) == 1:
-            return made
+            if made.code.count(made.old) == 1:
+                return made
     raise Unsuitable("nothing to change")
 
 

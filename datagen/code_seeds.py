@@ -78,14 +78,10 @@ def package_root(name: str) -> Path:
 
 def read_code(source: str) -> list[Function]:
     """The functions of `stdlib`, of a directory or file, or of `package:NAME`. Raises UserError when there are none."""
-    if source == "stdlib":
-        root, prefix = stdlib_root(), ""
-    elif source.startswith("package:"):
-        root, prefix = package_root(source[8:]), source[8:]
-    else:
-        root, prefix = Path(source), ""
-        if not root.exists():
-            raise UserError("no such file or directory", where=source, fix="give a directory of Python code, or `stdlib`")
+    prefix = source.removeprefix("package:") if source.startswith("package:") else ""
+    root = package_root(prefix) if prefix else stdlib_root() if source == "stdlib" else Path(source)
+    if not root.exists():
+        raise UserError("no such file or directory", where=source, fix="give a directory of Python code, or `stdlib`")
     functions = list(walk(root, prefix))
     if not functions:
         raise UserError("no Python function with a docstring found", where=str(root), fix="give a directory of documented Python code")
@@ -150,6 +146,14 @@ def parse(text: str) -> ast.Module:
         return ast.parse(text)
 
 
+def parses(text: str) -> bool:
+    try:
+        parse(text)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    return True
+
+
 def brief(function: Function) -> str:
     """The source with the docstring cut to its first sentence: short enough for a small model's context, and still real."""
     node = parse(function.source).body[0]
@@ -177,16 +181,17 @@ def first_sentence(docstring: str) -> str:
     return sentence if plain and balanced and 3 <= len(sentence.split()) <= 18 and sentence[:1].isalpha() else ""
 
 
-def is_held_out(module_name: str, share: float = HELD_OUT_SHARE) -> bool:
+def is_held_out(module_name: str) -> bool:
     """Whether a module is kept for evals: a stable hash of its name, so the split is the same on every machine and run."""
-    return int.from_bytes(hashlib.sha256(module_name.encode()).digest()[:4]) / 2**32 < share
+    return int.from_bytes(hashlib.sha256(module_name.encode()).digest()[:4]) / 2**32 < HELD_OUT_SHARE
 
 
-def split(functions: Iterable[Function], share: float = HELD_OUT_SHARE) -> tuple[list[Function], list[Function]]:
+def split(functions: Iterable[Function]) -> tuple[list[Function], list[Function]]:
     """(train, held_out): the two share no module."""
-    functions = list(functions)
-    held_out = [function for function in functions if is_held_out(function.module.name, share)]
-    return [function for function in functions if not is_held_out(function.module.name, share)], held_out
+    train, held_out = [], []
+    for function in functions:
+        (held_out if is_held_out(function.module.name) else train).append(function)
+    return train, held_out
 
 
 # ---- docstrings as words in a sentence
@@ -225,19 +230,16 @@ def quoted(text: str) -> str:
 
 def chat_seeds(functions: Sequence[Function], n: int, seed: int = 0) -> list[dict]:
     """n seed rows {id, prompt, source} in a varied mixture: what is X, how to write X, what does this code do."""
-    rows, seen = [], set()
-    usable = [function for function in functions if imperative(function.doc)]
-    modules = by_module(usable)
-    for attempt in range(8 * n):
+    rows: dict[str, dict] = {}
+    modules = by_module(function for function in functions if imperative(function.doc))
+    for attempt in range(8 * n if modules else 0):
         rng = random.Random(f"chat:{seed}:{attempt}")
         function = rng.choice(modules[rng.choice(list(modules))])
         prompt = chat_prompt(rng, function)
-        if prompt and prompt not in seen:
-            seen.add(prompt)
-            rows.append({"id": f"chat-{seed}-{attempt}", "prompt": prompt, "source": f"code:{function.module.name}"})
+        rows.setdefault(prompt, {"id": f"chat-{seed}-{attempt}", "prompt": prompt, "source": f"code:{function.module.name}"})
         if len(rows) == n:
             break
-    return rows
+    return list(rows.values())
 
 
 def chat_prompt(rng: random.Random, function: Function) -> str:

@@ -10,11 +10,12 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from datagen.code_changes import Unsuitable
-from datagen.code_seeds import Function, parse, read_code, split
+from datagen.code_seeds import Function, parses, read_code, split
 from datagen.from_code import KINDS, Pool, Task
 from datagen.phrases import Voice
 from soul import rows
@@ -24,13 +25,13 @@ from soul.conversation import assistant, tool, tool_call, user
 from soul.errors import UserError
 from soul.files import write_atomic, write_json
 from soul.spec import Soul, check_table, load_soul, repair, run_checks
-from workspace.tools import REJECTED, Workspace
+from workspace.tools import REJECTED, Workspace, make_workspace
 
 CHUNK = 32
 REMARK_TRIES = 4
 DRAWS = 8
 # kind -> (share of its pairs that are about the call and not about the voice, their reason)
-JUDGED = {"answer": (0.6, "needless_call"), "find": (0.3, "told_without_looking"), "explain": (0.3, "told_without_looking")}
+JUDGED = {"answer": (0.9, "needless_call"), "find": (0.3, "told_without_looking"), "explain": (0.3, "told_without_looking")}
 JUDGMENTS = {reason for _, reason in JUDGED.values()}
 MAX_CHARS = 1600  # of what the template renders: at most 640 tokens at 2.5 characters each, the lowest ratio measured (median 3.2)
 
@@ -55,6 +56,9 @@ class Config:
     """Also use the modules kept for evals."""
 
 
+Attempt = tuple[str, str, dict | None, dict | None]  # kind, reason, row, pair; the row is None when it was dropped for `reason`
+Contrast = tuple[list[dict], dict, dict, list[dict]]  # prompt, chosen, rejected, check table of the rejected side
+
 # ---- one rollout
 
 
@@ -62,8 +66,7 @@ def execute(task: Task) -> list[str]:
     """Run the task's calls in a fresh workspace; gives their results. Raises Unsuitable when anything is not as the task says."""
     with tempfile.TemporaryDirectory(prefix="soulsmith-") as directory:
         root = Path(directory)
-        write_files(root, task.files)
-        workspace, results = Workspace(root), []
+        workspace, results = make_workspace(task.files, root), []
         for step in (step for step in task.steps if step.tool):
             result = REJECTED if step.rejected else workspace.run(step.tool, step.args)
             if step.expect not in result or result.startswith("error: ") != step.expect.startswith("error: "):
@@ -75,20 +78,6 @@ def execute(task: Task) -> list[str]:
             if path in task.final and not parses(text):
                 raise Unsuitable("final file does not parse")
     return results
-
-
-def write_files(root: Path, files: dict[str, str]) -> None:
-    for path, text in files.items():
-        (root / path).parent.mkdir(parents=True, exist_ok=True)
-        (root / path).write_text(text, encoding="utf-8", newline="")
-
-
-def parses(text: str) -> bool:
-    try:
-        parse(text)
-    except SyntaxError:
-        return False
-    return True
 
 
 def speak(task: Task, results: list[str], voice: Voice, rng: random.Random) -> tuple[list[dict], list[str]]:
@@ -110,9 +99,9 @@ def speak(task: Task, results: list[str], voice: Voice, rng: random.Random) -> t
     raise Unsuitable(f"breaks the SOUL: {faults[0].principle}")
 
 
-def preference(task: Task, messages: list[dict], voice: Voice, rng: random.Random) -> tuple[list[dict], dict, dict, list[dict]] | None:
-    """(prompt, chosen, rejected, check table of the rejected side): one assistant message in the SOUL's voice and in another.
-    The calls are the same; rejected is the longer one in about half of the pairs, and otherwise as near in length as can be."""
+def preference(task: Task, messages: list[dict], voice: Voice, rng: random.Random) -> Contrast | None:
+    """One assistant message in the SOUL's voice and in another. The calls are the same; rejected is the longer one in about
+    half of the pairs, and otherwise as near in length as can be."""
     spoken = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     place = 0 if rng.random() < 0.75 else len(spoken) - 1
     prompt, chosen = messages[: spoken[place]], messages[spoken[place]]
@@ -128,7 +117,7 @@ def preference(task: Task, messages: list[dict], voice: Voice, rng: random.Rando
     return None
 
 
-def judgement(task: Task, messages: list[dict], voice: Voice, rng: random.Random) -> tuple[list[dict], dict, dict, list[dict]] | None:
+def judgement(task: Task, messages: list[dict], voice: Voice, rng: random.Random) -> Contrast | None:
     """Like `preference`, but both sides are in the SOUL's voice and differ in the call: one that a question didn't need, and
     that finds nothing when it is run, or a place in the code that is told without looking."""
     if "Grep" not in voice.soul.tools:
@@ -155,8 +144,7 @@ class Builder:
         self.kinds = {make: share for make, (share, needs) in KINDS.items() if needs <= set(soul.tools)}
         self.verifiable = any(principle.checks for principle in soul.principles)
 
-    def build(self, attempt: int) -> tuple[str, str, dict | None, dict | None]:
-        """(kind, reason, row, pair); the row is None when the attempt was dropped for `reason`."""
+    def build(self, attempt: int) -> Attempt:
         rng = random.Random(f"rollout:{self.seed}:{attempt}")
         make = rng.choices(list(self.kinds), list(self.kinds.values()))[0]
         kind = make.__name__
@@ -171,11 +159,9 @@ class Builder:
         except Unsuitable as dropped:
             return kind, str(dropped), None, None
         common = {
-            "id": f"code-{self.seed}-{attempt}",
-            "source": f"code:{task.source}",
-            "soul_hash": self.voice.soul.hash,
+            "id": f"code-{self.seed}-{attempt}", "source": f"code:{task.source}", "soul_hash": self.voice.soul.hash,
             "files": [{"path": path, "content": text} for path, text in task.files.items()],
-        }
+        }  # fmt: skip
         checks = check_table(self.voice.soul, messages)
         row = common | {"messages": messages, "principles": repaired, "checks": checks, "reason": task.kind}
         share, reason = JUDGED.get(task.kind, (0.0, ""))
@@ -186,28 +172,21 @@ class Builder:
             return kind, "", row, None
         prompt, chosen, other, table = found
         broken = sorted({check["principle"] for check in table if not check["ok"]})
-        return (
-            kind,
-            "",
-            row,
-            common | {"prompt": prompt, "chosen": [chosen], "rejected": [other], "principles": broken, "checks": table, "reason": reason},
-        )
+        pair = {"prompt": prompt, "chosen": [chosen], "rejected": [other], "principles": broken, "checks": table, "reason": reason}
+        return kind, "", row, common | pair
 
     def _draw(self, rng: random.Random, make) -> Task:
         # a function that suits no task of its kind says nothing about the yield: draw others before giving up
         for _ in range(DRAWS - 1):
-            try:
+            with suppress(Unsuitable):
                 return make(rng, self.pool)
-            except Unsuitable:
-                continue
         return make(rng, self.pool)
 
 
 def length(messages: list[dict]) -> int:
-    return sum(
-        len(message["content"]) + sum(len(call["function"]["arguments"]) + 20 for call in message.get("tool_calls", ())) + 8
-        for message in messages
-    )
+    """Characters of what the template renders, with an allowance for control tokens."""
+    calls = [call["function"]["arguments"] for message in messages for call in message.get("tool_calls", ())]
+    return sum(len(message["content"]) + 8 for message in messages) + sum(len(call) + 20 for call in calls)
 
 
 # ---- many
@@ -221,25 +200,20 @@ def _start(soul: Soul, functions: Sequence[Function], seed: int) -> None:
     _builder = Builder(soul, functions, seed)
 
 
-def _chunk(start: int) -> list[tuple[str, str, dict | None, dict | None]]:
-    return [_builder.build(attempt) for attempt in range(start, start + CHUNK)]
+def _build(attempt: int) -> Attempt:
+    return _builder.build(attempt)
 
 
-def attempts(
-    soul: Soul, functions: Sequence[Function], seed: int, workers: int, most: int
-) -> Iterator[tuple[str, str, dict | None, dict | None]]:
+def attempts(soul: Soul, functions: Sequence[Function], seed: int, workers: int, most: int) -> Iterator[Attempt]:
     """Results of attempts 0, 1, 2 … in order, however many workers make them."""
-    starts = range(0, most, CHUNK)
     if workers <= 1:
-        builder = Builder(soul, functions, seed)
-        yield from (builder.build(attempt) for attempt in range(starts.stop))
+        yield from map(Builder(soul, functions, seed).build, range(most))
         return
     # spawned, not forked: JAX's threads do not survive a fork
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(soul, list(functions), seed)) as executor:
         try:
-            for results in executor.map(_chunk, starts):
-                yield from results
+            yield from executor.map(_build, range(most), chunksize=CHUNK)
         finally:
             executor.shutdown(cancel_futures=True)
 
@@ -251,8 +225,7 @@ def build_rollouts(
 
     Every row passes all checks of the SOUL, and carries in `files` the workspace that its calls start from.
     """
-    done, pairs, kinds, dropped, seen = [], [], Counter(), Counter(), set()
-    tried = 0
+    done, pairs, kinds, dropped, seen, tried = [], [], Counter(), Counter(), set(), 0
     for kind, reason, row, pair in attempts(soul, functions, seed, workers, 4 * n + CHUNK):
         if len(done) == n:
             break
@@ -269,16 +242,12 @@ def build_rollouts(
             pairs.append(pair)
         if on_row:
             on_row(len(done))
-    stats = {
-        "wanted": n,
-        "attempts": tried,
-        "rollouts": len(done),
-        "pairs": len(pairs),
-        "kinds": dict(sorted(kinds.items())),
-        "judged": dict(sorted(Counter(pair["reason"] for pair in pairs if pair["reason"] in JUDGMENTS).items())),
-        "dropped": dict(sorted(dropped.items())),
-    }
-    return done, pairs, stats | {"longer_rejected": share_longer(pairs)}
+    judged = Counter(pair["reason"] for pair in pairs if pair["reason"] in JUDGMENTS)
+    voiced = [pair for pair in pairs if pair["reason"] not in JUDGMENTS]
+    return done, pairs, {
+        "wanted": n, "attempts": tried, "rollouts": len(done), "pairs": len(pairs), "kinds": dict(sorted(kinds.items())),
+        "judged": dict(sorted(judged.items())), "dropped": dict(sorted(dropped.items())), "longer_rejected": share_longer(voiced),
+    }  # fmt: skip
 
 
 def share_longer(pairs: list[dict]) -> float | None:
@@ -302,7 +271,7 @@ def card(soul: Soul, source: str, stats: dict) -> str:
     judged = sum(stats["judged"].values())
     pairs = (
         f"{stats['pairs'] - judged} pairs with the same calls and other prose, {judged} with the same voice and another call; "
-        f"the rejected side is the longer one in {stats['longer_rejected']} of them."
+        f"of the first, the rejected side is the longer one in {stats['longer_rejected']} of them."
     )
     if not any(principle.checks for principle in soul.principles):
         pairs += " This SOUL has no machine checks, so no pair about its voice could be verified."

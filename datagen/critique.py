@@ -1,13 +1,27 @@
-"""Reading what teachers write: critiques as JSON, however they are wrapped, and replies that give themselves away."""
+"""Reading what teachers write: critiques, verdicts and lists as JSON, however they are wrapped, and replies that give themselves away."""
 
+import asyncio
 import json
 import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from datagen.prompting import Prompts
+from soul.repairs import REPAIRS
 
 MAX_CRITIQUE = 100_000
+
+
+def _object(**properties: dict) -> dict:
+    """A JSON schema as strict structured output wants it: an object at the root, every property required, no others."""
+    return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
+
+
+_TEXT = {"type": "string"}
+_JUDGEMENT = _object(principle=_TEXT, quote=_TEXT, why=_TEXT, verdict={"type": "string", "enum": ["violates", "ok"]})
+CRITIQUE_SCHEMA = _object(judgements={"type": "array", "items": _JUDGEMENT})
+VERDICT_SCHEMA = _object(why=_TEXT, verdict={"type": "string", "enum": ["a", "b", "tie"]})
+LIST_SCHEMA = _object(items={"type": "array", "items": _TEXT})
 
 
 @dataclass(frozen=True)
@@ -29,7 +43,7 @@ async def ask_critic(
     """Have `reply` judged; broken JSON gets one repair round. Gives (findings, trail step); None: there was no reading it."""
     prompt, stage, step = prompts.render("critique", reply=reply, principles=principles, **told), "critique", "critique"
     while True:
-        answer = await call(stage, prompt, temperature=0.0, max_tokens=max_tokens)
+        answer = await call(stage, prompt, role="judge", temperature=0.0, max_tokens=max_tokens, schema=CRITIQUE_SCHEMA)
         try:
             findings = parse_critique(answer.text, reply, principles)
         except Unreadable as problem:
@@ -57,13 +71,29 @@ def parse_critique(text: str, reply: str, principles: Collection[str]) -> list[F
         principle = str(item.get("principle", "")).strip()
         if verdict != "ok" and principle in principles:
             quote = item.get("quote") if isinstance(item.get("quote"), str) else ""
-            found.append(Finding(principle, quote if _flat(quote) in _flat(reply) else "", str(item.get("why") or "").strip()))
+            found.append(Finding(principle, quote if _flat(quote) in _flat(reply) else "", _sound(str(item.get("why") or "").strip())))
     if not judged:
         raise Unreadable('no object has a "verdict" of "violates" or "ok"')
     return found
 
 
 def _judgements(text: str) -> list[dict]:
+    def accept(value: object) -> list[dict] | None:
+        if isinstance(value, dict):
+            inner = next((v for v in value.values() if isinstance(v, list) and v and isinstance(v[0], dict)), None)
+            value = inner if inner is not None else [value]
+        return [item for item in value if isinstance(item, dict)] or None if isinstance(value, list) else None
+
+    return _first_json(text, accept)
+
+
+def _sound(text: str) -> str:
+    """`text` without lone surrogates: JSON can spell them, but neither a request nor a file can hold them."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def _first_json(text: str, accept: Callable[[object], object | None]) -> object:
+    """The first thing that `accept` makes of a JSON value anywhere in `text`. Raises Unreadable when it takes none."""
     problem = "there is no JSON in it"
     decoder = json.JSONDecoder(strict=False)
     for source in (text, _without_trailing_commas(text)):
@@ -76,11 +106,8 @@ def _judgements(text: str) -> list[dict]:
             except RecursionError:
                 problem = "it is nested too deeply"
                 continue
-            if isinstance(value, dict):
-                inner = next((v for v in value.values() if isinstance(v, list) and v and isinstance(v[0], dict)), None)
-                value = inner if inner is not None else [value]
-            if isinstance(value, list) and any(isinstance(item, dict) for item in value):
-                return [item for item in value if isinstance(item, dict)]
+            if (accepted := accept(value)) is not None:
+                return accepted
     raise Unreadable(problem)
 
 
@@ -91,6 +118,62 @@ def _without_trailing_commas(text: str) -> str:
 
 def _flat(text: str) -> str:
     return " ".join(text.split()).casefold()
+
+
+async def ask_judge(call: Callable, prompts: Prompts, *, max_tokens: int, replies: tuple[str, str], **told) -> tuple[int | None, str, list]:
+    """Which of two replies is closer to the SOUL, asked twice with the order swapped, since judges prefer a place.
+
+    Apologies are taken out first: wording alone moves verdicts. Gives (0 or 1, "", trail steps), or (None, why not, steps).
+    """
+    shown = [REPAIRS["no_apology"](reply).strip() or reply for reply in replies]
+    if shown[0] == shown[1]:
+        return None, "judge: nothing to tell apart", []
+    orders = ((0, 1), (1, 0))
+    asked = [prompts.render("judge", reply_a=shown[a], reply_b=shown[b], **told) for a, b in orders]
+    sampling = {"role": "judge", "temperature": 0.0, "max_tokens": max_tokens, "schema": VERDICT_SCHEMA}
+    answers = await asyncio.gather(*(call("judge", prompt, **sampling) for prompt in asked))
+    steps = [{"stage": "judge", "text": answer.text, "key": answer.key} for answer in answers]
+    try:
+        verdicts = [parse_verdict(answer.text) for answer in answers]
+    except Unreadable:
+        return None, "judge: unreadable", steps
+    if verdicts == ["tie", "tie"]:
+        return None, "judge: tie", steps
+    winners = {order["ab".index(verdict)] if verdict != "tie" else None for order, verdict in zip(orders, verdicts, strict=True)}
+    return (winners.pop(), "", steps) if len(winners) == 1 else (None, "judge: swap disagrees", steps)
+
+
+def parse_verdict(text: str) -> str:
+    """ "a", "b" or "tie" from a judge's answer, however its JSON is wrapped. Raises Unreadable."""
+
+    def accept(value: object) -> str | None:
+        said = str(value.get("verdict", "")) if isinstance(value, dict) else ""
+        match = re.fullmatch(r"\W*(?:reply[ _-]?)?(a|b|tie)\W*", said.strip(), re.I)
+        return match[1].lower() if match else None
+
+    return _first_json(text[:MAX_CRITIQUE], accept)
+
+
+def parse_list(text: str) -> list[str]:
+    """The texts of a JSON list (of strings or of objects with one, also inside an object), else of a numbered or bulleted list.
+
+    Repeats are left out. Raises Unreadable when there is neither.
+    """
+
+    def accept(value: object) -> list[str] | None:
+        if isinstance(value, dict):
+            value = next((inner for inner in value.values() if isinstance(inner, list)), None)
+        items = value if isinstance(value, list) else []
+        items = [next((text for text in item.values() if isinstance(text, str)), "") if isinstance(item, dict) else item for item in items]
+        return list(dict.fromkeys(_sound(item.strip()) for item in items if isinstance(item, str) and item.strip())) or None
+
+    try:
+        return _first_json(text[:MAX_CRITIQUE], accept)
+    except Unreadable:
+        lines = re.findall(r"^[ \t]*(?:\d{1,3}[.)]|[-*•])[ \t]+(\S.*?)[ \t]*$", text[:MAX_CRITIQUE], re.M)
+        if len(lines) < 2:
+            raise
+        return list(dict.fromkeys(line.strip('"') for line in lines))
 
 
 # A chosen reply that talks about its own revision teaches apology for a mistake that nobody saw.
@@ -114,20 +197,34 @@ _REFUSAL = re.compile(
 )
 
 
+# "Here's the reply:" before the reply; "here's the response object:" talks of the subject
+_PREAMBLE = re.compile(
+    r"^\W*(?:\w+\W{1,2})?here(?:'|’)?s?(?: is)? (?:the|a|an|my|your) (?:[\w-]+ ){0,3}(?:reply|response)"
+    r"(?: (?:to|that|for|in|with) [^\n:]{0,60})?:",
+    re.I,
+)
+
+
 def gives_itself_away(revision: str, request: str, principles: Collection[str] = ()) -> str:
-    """Why `revision` cannot pass as a first reply ("" when it can): it is blank, speaks of revising, apologises, or cites
-    principles by id. What the request itself talks about is no leak."""
+    """Why `revision` cannot pass as a first reply ("" when it can): it is blank, announces itself, speaks of revising,
+    apologises, or cites principles by id. What the request itself talks about is no leak."""
     if not revision.strip():
         return "empty"
-    for name, pattern in (("speaks of a revision", _LEAK), ("apologises", _APOLOGY)):
+    for name, pattern in (("has a preamble", _PREAMBLE), ("speaks of a revision", _LEAK), ("apologises", _APOLOGY)):
         if (match := pattern.search(revision)) and not pattern.search(request) and match.group().lower() not in request.lower():
             return name
-    return "recites the rules" if any(f"[{principle}]" in revision for principle in principles) else ""
+    return "recites the rules" if recites(revision, principles) else ""
+
+
+def recites(text: str, principles: Collection[str]) -> bool:
+    """Does `text` cite a principle by its id, which only stands in the prompt?"""
+    return any(f"[{principle}]" in text for principle in principles)
 
 
 def strays(revision: str, request: str, drafts: str) -> bool:
     """Does the revision speak of something else? A small teacher answers the note ("you can write only the reply.") instead of
-    the request. On the subject means: a quarter of its words of four letters or more stand in the request or the drafts; fewer than three such words say nothing."""
+    the request. On the subject means: a quarter of its words of four letters or more stand in the request or the drafts; fewer
+    than three such words say nothing."""
     words = _content_words(revision)
     return len(words) >= 3 and len(words & (_content_words(request) | _content_words(drafts))) < len(words) / 4
 

@@ -1,43 +1,33 @@
 """The engine: one coroutine per row, `recipe(seed, call)`, over the journal.
 
-    call = key -> journal hit? -> gate -> slot -> send -> classify -> journal -> reply
+    call = key -> journal hit? -> admission (lease) -> budget reservation -> send -> classify -> journal -> Reply
 
-Seeds are streamed through a fixed number of workers, so memory does not grow with them. A retry gives its slot back
-while it waits. Rate limits and an unreachable server spend no attempt; they close a gate for everyone, and a circuit
-breaker bounds the time without any answer. Stopping, for whatever reason, lets the calls in flight end and be kept.
+Seeds are streamed through a bounded number of workers, so memory does not grow with them. A retry gives its lease back
+and rejoins the queue by the time when it is due. Rate limits and an unreachable server spend no attempt; they slow
+everybody down, and a circuit breaker bounds the time without any answer. Stopping, for whatever reason, lets the calls
+in flight end and be kept.
 """
 
 import asyncio
 import contextlib
+import gc
 import signal
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
+from datagen.admission import Admission
+from datagen.budget import Budget, Spent, charge, most_tokens, most_usd
 from datagen.journal import Journal
 from datagen.seeds import Seed
+from datagen.service import Policy, Service
 from datagen.teachers import Teacher
 from datagen.wire import Answer, Request, Verdict, classify
 from soul.errors import UserError
 
-BARREN = 20  # refusals of the request itself, in a row and before any success: the request is wrong, not the rows
 BROKEN = 10  # recipe errors in a row: the recipe is wrong, not the rows
-
-
-@dataclass(frozen=True)
-class Policy:
-    """How calls are tried. None of it changes what is asked, so none of it is in a key."""
-
-    concurrency: int = 32
-    attempts: int = 5
-    deadline: float | None = 300.0
-    backoff: float = 1.0
-    longest_backoff: float = 60.0
-    longest_wait: float = 900.0
-    breaker: float = 600.0  # seconds without any answer
-    patience: float = 60.0  # the same for a server that was never there
 
 
 @dataclass(frozen=True)
@@ -51,6 +41,10 @@ class Reply:
     usage: dict | None = None
     model: str | None = None
     why: str = ""
+    served: str = ""
+    logprobs: dict[str, float] | None = None
+    tool_calls: list[dict] = field(default_factory=list)
+    reasoning: str = ""
 
     @property
     def ok(self) -> bool:
@@ -64,28 +58,62 @@ class Stopped(BaseException):
     """Raised out of `call` when the run is draining; not an Exception, so that no recipe swallows it."""
 
 
-class Engine:
-    """Runs recipes against one teacher. `clock`, `wall` and `sleep` are injected by tests.
+@dataclass
+class _Row:
+    """What the calls of one row have shown so far."""
 
-    `run_id` names everything but the seed that decides a row (SOUL, prompts, recipe, teacher, sampling): a row finished
+    id: str
+    served: set[str] = field(default_factory=set)
+    failed: bool = False
+    truncated: bool = False
+
+
+@dataclass(frozen=True)
+class _Ask:
+    service: Service
+    request: Request
+    key: str
+    stage: str
+    row_id: str
+    prompt_tokens: int  # at most
+    max_tokens: int
+
+
+class Engine:
+    """Runs recipes against the teachers of a run: `teacher`, and `others` by role. A role without one falls back to `teacher`.
+
+    `run_id` names everything but the seed that decides a row (SOUL, prompts, recipe, teachers, sampling): a row finished
     under the same name is not computed again, and one finished under another is, from the journal where calls agree.
+    `clock`, `wall` and `sleep` are injected by tests. Teachers are opened before their first request; closing them is
+    the caller's.
     """
 
-    def __init__(self, teacher: Teacher, journal: Journal, run_id: str, sampling: dict, policy: Policy = Policy(), *,
+    def __init__(self, teacher: Teacher, journal: Journal, run_id: str, sampling: dict, policy: Policy | None = None, *,
+                 others: dict[str, Teacher] | None = None, budget: Budget | None = None,
                  clock=time.monotonic, wall=time.time, sleep=asyncio.sleep):  # fmt: skip
-        self.teacher, self.journal, self.run_id, self.sampling, self.policy = teacher, journal, run_id, sampling, policy
-        self._clock, self._wall, self._sleep = clock, wall, sleep
+        self.journal, self.run_id, self.sampling, self.budget = journal, run_id, sampling, budget
+        self.policy = policy = policy or Policy()
+        self._clock, self._wall = clock, wall
+        self._all = [Service("teacher", teacher, Admission(policy.concurrency, rpm=policy.rpm, tpm=policy.tpm, clock=clock, sleep=sleep),
+                             policy, clock, self.fail)]  # fmt: skip
+        self._by_role = {"teacher": self._all[0]}
+        for role, other in (others or {}).items():
+            service = next((known for known in self._all if known.teacher is other), None)
+            if service is None:
+                service = Service(role, other, Admission(other.concurrency, clock=clock, sleep=sleep), policy, clock, self.fail)
+                self._all.append(service)
+            self._by_role[role] = service
         self.counts: Counter[str] = Counter()
+        self.outcomes: Counter[str] = Counter()
+        self.spent = journal.spent()  # USD, over all runs of the directory
         self.fatal: UserError | None = None
-        self.trouble = ""  # why calls are failing just now
-        self._failed_rows: set[str] = set()
         self.interrupted = False
-        self._stop, self._slots = asyncio.Event(), asyncio.Semaphore(policy.concurrency)
+        self._stop = asyncio.Event()
         self._flying: dict[str, asyncio.Task] = {}
         self._workers: list[asyncio.Task] = []
-        self._gate, self._cuts, self._failing_since = 0.0, 0, None
+        self._broken, self._unpriced = 0, False
+        self._told: tuple = (0.0, "", False)
         self._on_progress: Callable[[], None] = lambda: None
-        self._barren, self._broken = 0, 0
 
     # --- rows
 
@@ -93,22 +121,29 @@ class Engine:
         """Compute every row; True when all are finished, False after an interrupt.
 
         Raises:
-            UserError: when going on cannot help (key, credit, model, breaker, disk); all that was answered is kept.
+            UserError: when going on cannot help (key, credit, model, breaker, budget, disk); all that was answered is kept.
         """
-        stream = iter(seeds)
-        loop = asyncio.get_running_loop()
+        stream, loop = iter(seeds), asyncio.get_running_loop()
         with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):  # not the main thread
             loop.add_signal_handler(signal.SIGINT, self.interrupt)
         self._on_progress = on_progress
+        thresholds = gc.get_threshold()
+        gc.freeze()  # a call leaves few cycles: looking for them in all that was imported took a tenth of the time
+        gc.set_threshold(20_000, 20, 20)
         try:
-            # twice the slots: while one row is being checked or waits out a backoff, another one can ask
-            self._workers = [asyncio.create_task(self._work(stream, recipe)) for _ in range(2 * self.policy.concurrency)]
+            # two rows for each lease: while one is checked or waits out a backoff, another one can ask
+            rows = 2 * sum(service.admission.most for service in self._all)
+            self._workers = [asyncio.create_task(self._work(stream, recipe)) for _ in range(rows)]
             results = await asyncio.gather(*self._workers, return_exceptions=True)
             await asyncio.gather(*self._flying.values(), return_exceptions=True)
         finally:
+            self._halt()
+            gc.set_threshold(*thresholds)
+            gc.unfreeze()
             with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):
                 loop.remove_signal_handler(signal.SIGINT)
             self.journal.commit()
+            self._on_progress()
         if self.fatal:
             raise self.fatal
         for result in results:
@@ -122,12 +157,44 @@ class Engine:
             for task in (*self._workers, *self._flying.values()):
                 task.cancel()
         self.interrupted = True
-        self._stop.set()
-        self._on_progress()
+        self._halt()
+        self._tell()
 
     def fail(self, error: UserError) -> None:
         self.fatal = self.fatal or error
+        self._halt()
+
+    def snapshot(self) -> dict:
+        """Where the run stands, for a live view; by role where each teacher has its own."""
+        by_role = {service.role: service for service in self._all}
+        return {
+            "rows": self.counts["rows"], "accepted": self.counts["accepted"], "rejected": self.counts["rejected"],
+            "already_finished": self.counts["already finished"], "sent": self.counts["sent"], "replayed": self.counts["replayed"],
+            "in_flight": {role: service.admission.in_flight for role, service in by_role.items()},
+            "limit": {role: service.admission.limit for role, service in by_role.items()},
+            "served": {role: service.served for role, service in by_role.items()},
+            "spent_usd": None if self._unpriced and not self.spent else self.spent, "limit_usd": self.budget and self.budget.limit_usd,
+            "outcomes": dict(self.outcomes), "trouble": self.trouble,
+        }  # fmt: skip
+
+    @property
+    def trouble(self) -> str:
+        """Why calls are failing just now; empty while they are not."""
+        return next((service.trouble for service in self._all if service.trouble), "")
+
+    def _tell(self) -> None:
+        """Progress, at most ten times a second: a view costs more than a row. News is told at once."""
+        now, trouble = self._clock(), self.trouble
+        if now - self._told[0] >= 0.1 or self._told[1:] != (trouble, self.interrupted):
+            self._told = (now, trouble, self.interrupted)
+            self._on_progress()
+
+    def _halt(self) -> None:
         self._stop.set()
+        for service in self._all:
+            service.close()
+        if self.budget:
+            self.budget.close()
 
     async def _work(self, stream, recipe: Recipe) -> None:
         try:
@@ -135,154 +202,187 @@ class Engine:
                 if self._stop.is_set():
                     return
                 await self._row(seed, recipe)
-                self._on_progress()
+                self._tell()
         except UserError as error:
             self.fail(error)
         except Exception:
-            self._stop.set()
+            self._halt()
             raise
 
     async def _row(self, seed: Seed, recipe: Recipe) -> None:
-        done = self.journal.row(seed.id, self.run_id)
-        if done is None:
+        if done := self.journal.row(seed.id, self.run_id):
+            results = done.results
+            self.counts["already finished"] += 1
+        else:
+            row = _Row(seed.id)
             try:
-                results = await recipe(seed, partial(self.call, seed.id))
+                results = await recipe(seed, partial(self.call, row))
+                self._finish(row, results)
                 self._broken = 0
             except UserError:
                 raise
-            except Exception as error:
+            except Exception as error:  # of the recipe, or a result that is no JSON
                 self._broken += 1
                 if self._broken >= BROKEN:
                     raise
-                self._failed_rows.add(seed.id)
-                why = f"error: {type(error).__name__}: {error}"[:300]
-                row = {"id": seed.id, "source": seed.source, "messages": seed.messages, "accepted": False, "reason": why}
-                results = [["rejected", row]]
-            status = "failed" if seed.id in self._failed_rows and not _accepted(results) else "finished"
-            self._failed_rows.discard(seed.id)
-            self.journal.finish(seed.id, self.run_id, status, results)
-            await self.journal.durable()
-        else:
-            results = done.results
-            self.counts["already finished"] += 1
+                row.failed, why = True, f"error: {type(error).__name__}: {error}"[:300]
+                told = {"id": seed.id, "source": seed.source, "messages": seed.messages, "accepted": False, "reason": why}
+                self._finish(row, results := [["rejected", told]])
         self.counts["rows"] += 1
         self.counts["accepted" if _accepted(results) else "rejected"] += 1
 
+    def _finish(self, row: _Row, results: list) -> None:
+        served = {"served": sorted(row.served)} if row.served else {}
+        results = [[kind, values | served] for kind, values in results]
+        status = "failed" if row.failed and not _accepted(results) else "truncated" if row.truncated else "finished"
+        self.journal.finish(row.id, self.run_id, status, results)
+        self.journal.soon()  # no need to wait: a row that is lost is computed again from its calls
+
     # --- calls
 
-    async def call(self, row_id: str, stage: str, messages: list[dict], *, replicate: int = 0, temperature: float | None = None,
-                   top_p: float | None = None, max_tokens: int | None = None) -> Reply:  # fmt: skip
-        """Ask the teacher, or the journal. Always gives a Reply; the recipe decides what a bad outcome means for its row."""
+    async def call(self, row: _Row, stage: str, messages: list[dict], *, role: str = "teacher", replicate: int = 0,
+                   temperature: float | None = None, top_p: float | None = None, max_tokens: int | None = None,
+                   schema: dict | None = None, logprobs: bool = False, tools: list[dict] | None = None) -> Reply:  # fmt: skip
+        """Ask the role's teacher, or the journal. Always gives a Reply; the recipe decides what a bad outcome means for its row."""
+        service = self._by_role.get(role) or self._by_role["teacher"]
         given = {"temperature": temperature, "top_p": top_p, "max_tokens": max_tokens}
-        sampling = self.sampling | {name: value for name, value in given.items() if value is not None}
-        request = self.teacher.request(messages, replicate=replicate, **sampling)
-        verdict = await self._shared(request, stage, row_id)
-        if verdict.outcome == "truncated" and verdict.reasoning and not verdict.text:
-            # the reasoning ate the budget: once more with room for the answer
-            request = self.teacher.request(messages, replicate=replicate, **sampling | {"max_tokens": 4 * sampling["max_tokens"]})
-            verdict = await self._shared(request, stage, row_id)
-        if verdict.outcome in ("transient", "permanent", "empty"):
-            self._failed_rows.add(row_id)
-        return Reply(verdict.text, request.key, verdict.outcome, verdict.finish, verdict.usage, verdict.model, verdict.why)
+        wishes = {"schema": schema, "logprobs": logprobs or None, "tools": tools}
+        body = self.sampling | {name: value for name, value in (given | wishes).items() if value is not None}
 
-    async def _shared(self, request: Request, stage: str, row_id: str) -> Verdict:
+        def ask(tokens: int) -> _Ask:
+            request = service.teacher.request(messages, replicate=replicate, **body | {"max_tokens": tokens})
+            return _Ask(service, request, request.key, stage, row.id, most_tokens(request, messages), tokens)
+
+        try:
+            await self._ready(service)
+            verdict = await self._shared(asked := ask(body["max_tokens"]))
+            if verdict.outcome == "truncated" and verdict.reasoning and not verdict.text:
+                # the reasoning ate the budget: once more with room for the answer, where the model has it
+                try:
+                    asked = ask(4 * asked.max_tokens)
+                except UserError:
+                    pass
+                else:
+                    verdict = await self._shared(asked)
+            if verdict.outcome == "truncated" and asked.max_tokens < (self.policy.redo_truncated or 0):
+                verdict = await self._shared(asked := ask(self.policy.redo_truncated))
+        except UserError as error:  # of the teacher or the disk: about the run, not about this row
+            if isinstance(error, Spent):
+                self.outcomes["budget"] += 1
+            self.fail(error)
+            raise Stopped from error
+        row.failed |= verdict.outcome in ("transient", "permanent", "empty")
+        row.truncated |= verdict.outcome == "truncated"
+        if verdict.outcome in ("ok", "truncated") and verdict.served:
+            row.served.add(verdict.served)
+        return Reply(
+            verdict.text, asked.key, verdict.outcome, verdict.finish, verdict.usage, verdict.model, verdict.why, verdict.served,
+            verdict.logprobs, verdict.tool_calls, verdict.reasoning,
+        )  # fmt: skip
+
+    async def _ready(self, service: Service) -> None:
+        """Open the teacher before its first request: not for a run that has nothing to ask."""
+        if service.opened is None:
+            service.opened = asyncio.ensure_future(service.open(priced=self.budget is not None))
+        if not service.opened.done():
+            await asyncio.wait({service.opened})
+        if service.opened.cancelled():
+            raise Stopped
+        service.opened.result()
+
+    async def _shared(self, ask: _Ask) -> Verdict:
         """One answer for one key, also when two rows ask for it at the same time."""
-        flying = self._flying.get(request.key)
+        flying = self._flying.get(ask.key)
         if flying is None:
-            flying = self._flying[request.key] = asyncio.ensure_future(self._ask(request, stage, row_id))
-            flying.add_done_callback(lambda _: self._flying.pop(request.key, None))
+            flying = self._flying[ask.key] = asyncio.ensure_future(self._answer(ask))
+            flying.add_done_callback(lambda _: self._flying.pop(ask.key, None))
         return await asyncio.shield(flying)
 
-    async def _ask(self, request: Request, stage: str, row_id: str) -> Verdict:
-        if kept := self.journal.reply(request.key):
+    async def _answer(self, ask: _Ask) -> Verdict:
+        if kept := self.journal.reply(ask.key):
             self.counts["replayed"] += 1
-            return classify(kept, now=self._wall())
-        spent = 0
+            verdict = classify(kept, now=self._wall(), asked=ask.request)
+        else:
+            verdict = await self._try(ask)
+        self._check_route(ask.service, verdict)
+        return verdict
+
+    async def _try(self, ask: _Ask) -> Verdict:
+        spent, due = 0, None
         while True:
-            verdict = await self._attempt(request, stage, row_id)
-            self._judge_service(verdict)
+            verdict = await self._attempt(ask, due)
             spent += not verdict.free
             if verdict.final or spent >= self.policy.attempts:
                 return verdict
-            if not verdict.free:
-                await self._pause(min(verdict.retry_after or self._backoff(spent, request.key), self.policy.longest_wait))
+            wait = 0.0 if verdict.free else min(verdict.retry_after or ask.service.backoff(spent, ask.key), self.policy.longest_wait)
+            due = self._clock() + wait
 
-    async def _attempt(self, request: Request, stage: str, row_id: str) -> Verdict:
-        """Send once, and write the answer down before its slot is free: so no more is ever at risk than may be in flight."""
-        while True:
-            while (closed := self._gate - self._clock()) > 0:
-                await self._pause(closed)
-            async with self._slots:
-                if self._stop.is_set():
-                    raise Stopped
-                if self._gate > self._clock():  # closed while this call waited for its slot
-                    continue
-                self.counts["sent"] += 1
-                answer = await self._send(request)
-                verdict = classify(answer, now=self._wall())
-                self.counts[verdict.outcome] += 1
-                self.journal.record(request, answer, verdict, stage=stage, row_id=row_id)
-                if verdict.final:
-                    await self.journal.durable()
-                return verdict
-
-    async def _send(self, request: Request) -> Answer:
+    async def _attempt(self, ask: _Ask, due: float | None) -> Verdict:
+        """Send once, and write the answer down before its lease ends: so no more is ever at risk than may be in flight."""
+        service, verdict, held, flight = ask.service, None, None, None
+        lease = await service.admission.admit(ask.prompt_tokens + ask.max_tokens, due)
+        if lease is None:
+            raise Stopped
+        cost = most = most_usd(service.price, ask.prompt_tokens, ask.max_tokens) if service.price else None
         try:
-            async with asyncio.timeout(self.policy.deadline if self.teacher.deadline else None):
-                return await self.teacher.send(request)
+            if self.budget:
+                held = await self.budget.reserve(most)
+                if held is None:
+                    raise Stopped
+                flight = self.journal.sending(ask.stage, most)
+            self.counts["sent"] += 1
+            answer = await self._send(service, ask.request)
+            verdict = classify(answer, now=self._wall(), asked=ask.request)
+            cost = charge(answer, verdict, most)
+            self.spent += cost or 0.0
+            self._unpriced |= cost is None
+            self.outcomes[verdict.outcome] += 1
+            self.journal.record(ask.request, answer, verdict, stage=ask.stage, row_id=ask.row_id, charged=cost, flight=flight)
+            service.judge(verdict, lease)
+            if verdict.final:
+                await self.journal.durable()
+            return verdict
+        except UserError as error:  # before the lease goes to the next call
+            self.fail(error)
+            raise
+        finally:
+            if held is not None:
+                self.budget.settle(held, cost)
+            good = verdict is not None and verdict.outcome not in ("rate_limited", "transient")
+            service.admission.release(lease, ok=good, tokens=_tokens(verdict))
+            if not good:
+                self._tell()
+
+    async def _send(self, service: Service, request: Request) -> Answer:
+        try:
+            async with asyncio.timeout(self.policy.deadline if service.teacher.deadline else None):
+                return await service.teacher.send(request)
         except TimeoutError:
             return Answer(0, f"no whole answer within {self.policy.deadline:g} s")
 
-    def _judge_service(self, verdict: Verdict) -> None:
-        """What one answer says about the service: open or close the gate, or stop the run."""
-        now = self._clock()
-        if verdict.stops:
-            self.fail(UserError(f"the teacher refuses to go on: {verdict.why}", where=self.teacher.name, fix=verdict.fix))
-            raise Stopped
-        self._barren = self._barren + 1 if verdict.outcome == "permanent" else 0
-        if self._barren >= BARREN and not self.counts["ok"]:
-            self.fail(UserError(f"the teacher refused {BARREN} requests in a row: {verdict.why}", where=self.teacher.name, fix=verdict.fix))
-            raise Stopped
-        if verdict.outcome not in ("rate_limited", "transient"):
-            self._failing_since, self._cuts, self.trouble = None, 0, ""
+    # --- what answers say about the service
+
+    def _check_route(self, service: Service, verdict: Verdict) -> None:
+        """Stop when the router changes model or provider between the rows of one dataset: it would be two teachers' work."""
+        if self.policy.allow_mixed or not verdict.served or verdict.outcome not in ("ok", "truncated"):
             return
-        self.trouble = verdict.why
-        self._on_progress()
-        if self._failing_since is None:
-            self._failing_since = now
-        if verdict.free:
-            if self._gate <= now:  # a burst of refusals closes the gate once
-                self._cuts += 1
-            wait = self._backoff(self._cuts) if verdict.retry_after is None else verdict.retry_after
-            self._gate = max(self._gate, now + wait)
-            if wait > self.policy.longest_wait:
-                self._give_up(f"asks to wait {wait:,.0f} s", verdict)
-        never = not verdict.reached and not self.counts["ok"]
-        if now - self._failing_since > (self.policy.patience if never else self.policy.breaker):
-            self._give_up(f"has not answered for {now - self._failing_since:,.0f} s", verdict)
-
-    def _give_up(self, what: str, verdict: Verdict) -> None:
-        fix = f"Check that {self.teacher.base_url} is up, then run the same command again."
-        if verdict.outcome == "rate_limited":
-            fix = "Lower --concurrency, raise the account's limit, or run the same command later."
-        self.fail(UserError(f"the teacher {what}; the last answer was: {verdict.why}", where=self.teacher.name, fix=fix))
-        raise Stopped
-
-    def _backoff(self, tries: int, key: str = "8000") -> float:
-        """Doubling, spread to ±50 % by the key, so that calls that failed together do not come back together."""
-        spread = 0.5 + int(key[:4], 16) / 0x10000
-        return min(self.policy.longest_backoff, self.policy.backoff * 2 ** max(0, tries - 1)) * spread
-
-    async def _pause(self, seconds: float) -> None:
-        sleeper, stop = asyncio.ensure_future(self._sleep(seconds)), asyncio.ensure_future(self._stop.wait())
-        try:
-            await asyncio.wait({sleeper, stop}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            sleeper.cancel()
-            stop.cancel()
-        if self._stop.is_set():
-            raise Stopped
+        name = f"served:{self.run_id}:{service.role}"
+        service.served = service.served or self.journal.noted(name)
+        if service.served is None:
+            service.served = verdict.served
+            self.journal.note(name, verdict.served)
+        if verdict.served != service.served:
+            what = f"answers came from {service.served} and now from {verdict.served}; {self.counts['rows']} rows are done"
+            fix = "Pin one provider with --provider, or take both with --allow-mixed."
+            raise UserError(what, where=service.teacher.name, fix=fix)
 
 
 def _accepted(results: list) -> bool:
     return any(kind != "rejected" for kind, _ in results)
+
+
+def _tokens(verdict: Verdict | None) -> int | None:
+    """What an answer says that it took, of a limit on tokens per minute."""
+    usage = (verdict and verdict.usage) or {}
+    counts = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
+    return sum(counts) if all(isinstance(count, int) for count in counts) else None

@@ -1,24 +1,36 @@
-"""`soulsmith generate`: from a SOUL and seeds to SFT and preference rows, through a journal."""
+"""`soulsmith generate`: seeds to SFT and preference rows, held to a SOUL. Run it again to go on; nothing is paid twice."""
 
 import asyncio
 import shlex
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 
-from datagen.engine import Engine, Policy
+from datagen import dedup, recipes, since
+from datagen.budget import Budget
+from datagen.engine import Engine, Policy, Recipe
 from datagen.export import export
 from datagen.journal import Journal
+from datagen.past import Past
 from datagen.prompting import Prompts
-from datagen.recipes.critique_revise import CritiqueRevise, critique_revise
-from datagen.seeds import read_seeds
-from datagen.teachers import Teacher, open_teacher
+from datagen.recipes.best_of import BestOf
+from datagen.recipes.cai import Cai
+from datagen.recipes.critique_revise import CritiqueRevise
+from datagen.recipes.distill import Distill
+from datagen.recipes.docs import Docs
+from datagen.recipes.introspect import Introspect
+from datagen.seeds import Seed, read_seeds
+from datagen.status import Status, line
+from datagen.teachers import Price, Teacher, open_teacher
+from datagen.vllm import Serve
 from datagen.wire import WIRE_VERSION
 from soul.console import console, plain, progress
 from soul.errors import UserError
 from soul.files import sha256_json
 from soul.spec import Soul, load_soul
 
-PACE = ("concurrency", "deadline", "retry_failed")
+PACE = ("concurrency", "deadline", "retry_failed", "redo_truncated", "rpm", "tpm", "max_usd")
 
 
 @dataclass(frozen=True)
@@ -26,43 +38,148 @@ class Config:
     """Make a dataset: a teacher drafts, the checks and a critic find faults, the teacher revises; writes OUT/data."""
 
     seeds: Path
-    """Requests to answer: .jsonl or .parquet (`messages`, or `prompt`), or .txt with one a line."""
+    """Requests to answer: .jsonl or .parquet (`messages`, or `prompt`), .txt with one a line, or hf:DATASET[:SPLIT]."""
     teacher: str
-    """openrouter:MODEL, openai:MODEL, local:smollm2-135m, or http://HOST:PORT/v1#MODEL."""
+    """openrouter:MODEL, openai:MODEL, vllm:MODEL, local:smollm2-135m, or http://HOST:PORT/v1#MODEL."""
     out: Path
     """Run directory; the same one again goes on where it stopped and pays nothing twice."""
     soul: Path = Path("soul/SOUL.md")
+    recipe: str = "critique-revise"
+    """critique-revise, distill, best-of, introspect, docs, cai, or a Python file with `async def recipe(seed, call, soul, prompts)`."""
+    student: str = ""
+    """Who writes the rejected side of distill; by default the teacher."""
+    judge: str = ""
+    """Who judges and criticises; by default the teacher."""
     prompts: Path | None = None
     """A folder of templates that replace the built-in ones of the same name."""
     limit: int | None = None
     """Only the first so many seeds."""
+    dedup: float | None = None
+    """Leave out seeds that are this similar to an earlier one (0.8 is usual); repeated ones are always left out."""
+    against: tuple[Path, ...] = ()
+    """Files that must not be trained on, such as eval sets: seeds that share 13 words in a row with one are left out."""
     temperature: float = 0.8
     top_p: float = 0.95
     max_tokens: int = 512
     """Longest reply, in tokens; longer ones are rejected as truncated."""
+    max_usd: float | None = None
+    """Never spend more than this on the run directory, whatever happens; a run that reaches it stops and can go on."""
+    price: tuple[float, float] | None = None
+    """USD per million prompt and completion tokens, for a teacher that doesn't tell."""
+    provider: tuple[str, ...] = ()
+    """OpenRouter providers to use, in order; no others."""
+    any_text: bool = False
+    """Also use OpenRouter models whose authors do not allow training on their outputs."""
+    allow_mixed: bool = False
+    """Accept rows from several providers, quantisations or served models."""
     concurrency: int | None = None
-    """Calls in flight; by default what suits the teacher."""
+    """Most calls in flight; by default what suits the teacher. Rate limits lower it, success raises it again."""
+    rpm: float | None = None
+    """Requests per minute, where the account has a fixed limit."""
+    tpm: float | None = None
+    """Tokens per minute, likewise."""
     deadline: float = 300.0
     """Seconds that one call may take."""
     retry_failed: bool = False
     """Ask again for the rows whose calls failed."""
-    recipe: CritiqueRevise = field(default_factory=CritiqueRevise)
+    redo_truncated: int | None = None
+    """Ask again, with so many tokens, for the rows that were cut at --max-tokens; nothing else is asked again."""
+    since: Path | None = None
+    """An earlier run under an earlier version of this SOUL: rows that the edit doesn't touch are kept from it."""
+    critique_revise: CritiqueRevise = field(default_factory=CritiqueRevise)
+    distill: Distill = field(default_factory=Distill)
+    best_of: BestOf = field(default_factory=BestOf)
+    introspect: Introspect = field(default_factory=Introspect)
+    docs: Docs = field(default_factory=Docs)
+    cai: Cai = field(default_factory=Cai)
+    vllm: Serve = field(default_factory=Serve)
+
+
+@dataclass(frozen=True)
+class Session:
+    """What decides a run, read and checked before anything is sent. `setup` is all of it but the SOUL, hashed part by part."""
+
+    config: Config
+    soul: Soul
+    prompts: Prompts
+    recipe: Recipe
+    teachers: dict[str, Teacher]
+    sampling: dict
+    setup: dict[str, str]
+
+    @property
+    def run_id(self) -> str:
+        return sha256_json([WIRE_VERSION, self.soul.hash, self.setup])
+
+    def seeds(self, dropped: Counter | None = None) -> Iterator[Seed]:
+        """Every seed once, streamed; `dropped` counts why others were left out."""
+        config, dropped, seen = self.config, Counter() if dropped is None else dropped, set()
+        stream = read_seeds(config.seeds, config.limit)
+        if config.dedup or config.against:
+            stream = dedup.clean(stream, dedup.texts(config.against), near=config.dedup or 0.0, dropped=dropped)
+        for seed in stream:
+            if seed.id in seen:
+                dropped["repeats another one"] += 1
+                continue
+            seen.add(seed.id)
+            yield seed
+
+    @property
+    def facts(self) -> dict:
+        """What the card tells and a later edit of the SOUL is compared with."""
+        hashes = {"soul": self.soul.hash, "prompts": self.prompts.hash}
+        return {"teacher": self.config.teacher, "command": command(self.config), "hashes": hashes}
+
+
+def prepare(config: Config) -> Session:
+    """Raises UserError for anything that can be seen to be wrong before the first call."""
+    soul, prompts = load_soul(config.soul), Prompts(config.prompts)
+    recipe = recipes.load(config.recipe, options_of(config), soul, prompts)
+    price = None if config.price is None else Price(config.price[0] / 1e6, config.price[1] / 1e6)
+    routes = {
+        "provider": config.provider,
+        "mixed": config.allow_mixed,
+        "distillable": not config.any_text,
+        "price": price,
+        "out": config.out,
+    }
+    given = {"teacher": config.teacher, "student": config.student, "judge": config.judge}
+    teachers = {}
+    for role, spec in given.items():
+        if spec or role == "teacher":  # the same one twice is one teacher, with one limit
+            teachers[role] = next((teachers[other] for other in teachers if given[other] == spec), None) or open_teacher(spec, **routes)
+    sampling = {"temperature": config.temperature, "top_p": config.top_p, "max_tokens": config.max_tokens}
+    options = options_of(config)
+    setup = {
+        "prompts": prompts.hash, "sampling": sha256_json(sampling),
+        "recipe": sha256_json([recipes.fingerprint(config.recipe), options and asdict(options)]),
+        "teacher": sha256_json({role: [teacher.base_url, teacher.name] for role, teacher in teachers.items()}),
+    }  # fmt: skip
+    session = Session(config, soul, prompts, recipe, teachers, sampling, setup)
+    dropped: Counter = Counter()
+    if not sum(1 for _ in session.seeds(dropped)):  # every row is read before any is paid for
+        raise UserError("has no rows", where=config.seeds)
+    for why, count in dropped.items():
+        console.print(plain(f"{count} seeds left out: {why}"))
+    return session
+
+
+def options_of(config: Config) -> object | None:
+    """The option group of the chosen built-in recipe."""
+    return getattr(config, config.recipe.replace("-", "_"), None) if config.recipe in recipes.RECIPES else None
 
 
 def main(config: Config) -> int:
-    soul = load_soul(config.soul)
-    prompts = Prompts(config.prompts)
-    recipe = critique_revise(config.recipe, soul, prompts)
-    teacher = open_teacher(config.teacher)
-    ids = [seed.id for seed in read_seeds(config.seeds, config.limit)]  # every row is read before any is paid for
-    if not ids:
-        raise UserError("has no rows", where=config.seeds)
+    session = prepare(config)
     journal = Journal(config.out)
     try:
-        twice = journal.plan(ids)
-        if twice:
-            console.print(f"{twice} seeds repeat another one and are left out")
-        done = asyncio.run(_generate(config, soul, prompts, teacher, journal, recipe))
+        plan_rows(session, journal)
+        if config.since:
+            keep(session, journal)
+        try:
+            done = asyncio.run(compute(session, journal, session.seeds(), "generate", journal.planned()))
+        finally:
+            _tell(export(journal, session.run_id, config.out / "data", session.soul, session.facts), config)
     finally:
         journal.close()
     if not done:
@@ -70,56 +187,82 @@ def main(config: Config) -> int:
     return 0 if done else 130
 
 
-async def _generate(config: Config, soul: Soul, prompts: Prompts, teacher: Teacher, journal: Journal, recipe) -> bool:
-    sampling = {"temperature": config.temperature, "top_p": config.top_p, "max_tokens": config.max_tokens}
-    hashes = {"soul": soul.hash, "prompts": prompts.hash}
-    run_id = sha256_json([WIRE_VERSION, hashes, asdict(config.recipe), teacher.base_url, teacher.name, sampling])
-    policy = Policy(concurrency=config.concurrency or teacher.concurrency, deadline=config.deadline)
-    engine = Engine(teacher, journal, run_id, sampling, policy)
+def plan_rows(session: Session, journal: Journal) -> None:
+    """Write down which rows this run is about, and under what it is made."""
+    journal.plan(seed.id for seed in session.seeds())
+    journal.note("run", {"id": session.run_id, "soul": since.soul_facts(session.soul), "setup": session.setup})
+
+
+def keep(session: Session, journal: Journal) -> None:
+    """Take over the rows of --since that the edit of the SOUL does not touch; says how many of them were touched, and why."""
+    past = Past(session.config.since)
+    since.check_same_setup(past.run["setup"], session.setup, session.config.since)
+    edit, kept, again = since.edit_of(past.run["soul"], session.soul), 0, {}
+    for row in past.rows():
+        why = since.touched(row, edit, session.soul)
+        if why:
+            again[row.row_id] = why
+        elif journal.row(row.row_id, session.run_id) is None:
+            journal.finish(row.row_id, session.run_id, row.status, since.marked(row, session.config.since, past.run["soul"]["hash"]))
+            kept += 1
+    journal.commit()
+    console.print(plain(f"since {session.config.since}: {edit}; {kept:,} rows kept, {len(again):,} to make again"))
+    for text in since.counted(again):
+        console.print(plain(f"  {text}"))
+
+
+async def compute(session: Session, journal: Journal, seeds: Iterable[Seed], title: str, total: int, recipe: Recipe | None = None) -> bool:
+    """Run the engine over `seeds` with a live view; True when all rows are finished, False after Ctrl-C."""
+    config, teacher = session.config, session.teachers["teacher"]
+    policy = Policy(
+        concurrency=config.concurrency or teacher.concurrency, deadline=config.deadline, rpm=config.rpm, tpm=config.tpm,
+        allow_mixed=config.allow_mixed, redo_truncated=config.redo_truncated,
+    )  # fmt: skip
+    budget = None if config.max_usd is None else Budget(config.max_usd, journal.spent())
+    engine = Engine(teacher, journal, session.run_id, session.sampling, policy, others=session.teachers, budget=budget)
     if config.retry_failed:
-        journal.reopen_failed(run_id)
+        journal.reopen_failed(session.run_id)
+    if config.redo_truncated:
+        journal.redo_truncated(session.run_id)
+    status, state = Status(config.out, total), "stopped"
     try:
-        with progress("generate", journal.planned()) as update:
-            counts = engine.counts
+        with progress(title, total) as update:
 
             def show() -> None:
-                note = f"{counts['accepted']} accepted, {counts['rejected']} rejected, {counts['sent']} calls"
-                now = "finishing the calls in flight (Ctrl-C again to stop)" if engine.interrupted else engine.trouble
-                update(counts["rows"], f"{note}; {now}" if now else note)
+                shown = status(engine.snapshot(), "draining" if engine.interrupted else "running")
+                now = "finishing the calls in flight (Ctrl-C again to stop)" if engine.interrupted else shown["trouble"]
+                update(shown["rows"], f"{line(shown)}; {now}" if now else line(shown))
 
             show()
-            return await engine.run(_once(read_seeds(config.seeds, config.limit)), recipe, show)
+            done = await engine.run(seeds, recipe or session.recipe, show)
+            state = "done" if done else "stopped"
+            return done
     finally:
-        await teacher.close()
-        facts = {"teacher": config.teacher, "command": command(config), "hashes": hashes}
-        _tell(export(journal, run_id, config.out / "data", soul, facts), config)
-
-
-def _once(seeds):
-    seen = set()
-    for seed in seeds:
-        if seed.id not in seen:
-            seen.add(seed.id)
-            yield seed
+        status(engine.snapshot(), state)
+        for one in {id(one): one for one in session.teachers.values()}.values():
+            await one.close()
 
 
 def _tell(stats: dict, config: Config) -> None:
     rows = stats["rows"]
-    console.print(plain(f"{rows['sft']} sft rows, {rows['preference']} pairs, {rows['rejected']} rejected in {config.out / 'data'}"))
+    docs = f"{rows['docs']} documents, " if rows.get("docs") else ""
+    console.print(plain(f"{docs}{rows['sft']} sft rows, {rows['preference']} pairs, {rows['rejected']} rejected in {config.out / 'data'}"))
     for reason, count in list(stats["reasons"].items())[:5]:
         console.print(plain(f"  {count} × {reason}"))
+    for warning in stats.get("warnings", ()):
+        console.print(plain(f"warning: {warning}", "yellow"))
 
 
 def command(config: Config) -> str:
     """The command line that makes this dataset; settings that only change how fast it comes are left out."""
     words = ["soulsmith", "generate"]
-    for prefix, part in (("", config), ("recipe.", config.recipe)):
-        for item in fields(part):
+    for prefix, part in (("", config), (f"{config.recipe}.", options_of(config))):
+        for item in fields(part) if part is not None else ():
             value = getattr(part, item.name)
             if item.name in PACE or is_dataclass(value) or value == item.default:
                 continue
             flag = f"{prefix}{item.name}".replace("_", "-")
-            words += [f"--{flag}"] if value is True else [f"--{flag}", str(value)]
+            words += [f"--{flag}"] if value is True else [f"--{flag}", *map(str, value if isinstance(value, tuple) else [value])]
     return shlex.join(words)
 
 

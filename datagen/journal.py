@@ -1,7 +1,7 @@
 """The journal: one SQLite file per run directory, and the only authority on what was asked, answered and finished.
 
 An answer is committed before it is used, so a kill at any byte costs at most the calls in flight. Commits are grouped
-(5 ms) because one fsync serves every answer that is waiting; texts of 200 characters and more are stored once, by
+(5 ms at least) because one fsync serves every answer that is waiting; texts of 200 characters and more are stored once, by
 hash, since every request of a run repeats the SOUL. One process writes: the run directory is locked.
 """
 
@@ -12,24 +12,34 @@ import json
 import os
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from datagen.wire import Answer, Request, Verdict
 from soul.errors import UserError
 from soul.files import canonical_json, disk_error, sha256_json
 
-SCHEMA = """
-CREATE TABLE IF NOT EXISTS blobs (hash TEXT PRIMARY KEY, text TEXT NOT NULL) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS calls (
+VERSION = 2
+SCHEMAS = {  # user_version -> what makes the next one of it; old data stays
+    0: """
+CREATE TABLE blobs (hash TEXT PRIMARY KEY, text TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE calls (
     key TEXT PRIMARY KEY, stage TEXT, row_id TEXT, base_url TEXT, replicate INTEGER, request TEXT, status INTEGER, response TEXT,
     outcome TEXT, final INTEGER, usage TEXT, cost REAL, model TEXT, provider TEXT, attempts INTEGER, created REAL);
-CREATE TABLE IF NOT EXISTS rows (row_id TEXT, run TEXT, status TEXT, result TEXT, created REAL, PRIMARY KEY (row_id, run)) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS plan (ordinal INTEGER PRIMARY KEY, row_id TEXT UNIQUE);
-PRAGMA user_version = 1;
-"""
+CREATE TABLE rows (row_id TEXT, run TEXT, status TEXT, result TEXT, created REAL, PRIMARY KEY (row_id, run)) WITHOUT ROWID;
+CREATE TABLE plan (ordinal INTEGER PRIMARY KEY, row_id TEXT UNIQUE);
+""",
+    1: """
+ALTER TABLE calls ADD COLUMN served TEXT;
+ALTER TABLE calls ADD COLUMN charged REAL;
+UPDATE calls SET charged = cost;
+CREATE TABLE flying (id INTEGER PRIMARY KEY, stage TEXT, usd REAL);
+CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+""",
+}
 COMMIT_WINDOW_S = 0.005
 BLOB_CHARS = 200
 
@@ -55,13 +65,14 @@ class Journal:
         self.path = self.directory / "journal.sqlite"
         self._lock = _lock(self.directory)
         self._waiter: asyncio.Future | None = None
+        self._took = 0.0
+        self._stored = lru_cache(64)(self._store)
         try:
             with self._guard():
                 self._db = sqlite3.connect(self.path, timeout=10)
                 self._db.execute("PRAGMA journal_mode = WAL")
                 self._db.execute("PRAGMA synchronous = FULL")
-                if self._db.execute("PRAGMA user_version").fetchone()[0] == 0:
-                    self._db.executescript(SCHEMA)
+                self._migrate()
         except UserError:
             os.close(self._lock)
             raise
@@ -81,22 +92,42 @@ class Journal:
         found = self._one("SELECT status, response FROM calls WHERE key = ? AND final", key)
         return Answer(*found) if found else None
 
-    def record(self, request: Request, answer: Answer, verdict: Verdict, *, stage: str, row_id: str) -> None:
-        """Write one attempt down (not yet durable). Attempts and known costs of one key add up over retries and runs."""
+    def record(self, request: Request, answer: Answer, verdict: Verdict, *, stage: str, row_id: str, charged: float | None = None,
+               flight: int | None = None) -> None:  # fmt: skip
+        """Write one attempt down (not yet durable). Attempts and known costs of one key add up over retries and runs.
+
+        `charged` is the attempt's share of the budget in USD: its cost, or what was reserved where that is unknown.
+        `flight` is what `sending` gave for it.
+        """
         usage = json.dumps(verdict.usage) if verdict.usage else None
         body = answer.body if verdict.final else answer.body[:2000]
+        charged = verdict.cost if charged is None else charged
         values = (
             request.key, stage, row_id, request.base_url, request.replicate, self._pack(request.body), answer.status, body, verdict.outcome,
-            verdict.final, usage, verdict.cost, verdict.model, verdict.provider, 0 if verdict.free else 1, time.time(),
+            verdict.final, usage, verdict.cost, verdict.model, verdict.provider, 0 if verdict.free else 1, time.time(), verdict.served, charged,
         )  # fmt: skip
         with self._guard():
             self._db.execute(
                 f"""INSERT INTO calls VALUES ({",".join("?" * len(values))}) ON CONFLICT (key) DO UPDATE SET
                     status = excluded.status, response = excluded.response, outcome = excluded.outcome, final = excluded.final,
                     usage = excluded.usage, model = excluded.model, provider = excluded.provider, attempts = attempts + excluded.attempts,
-                    cost = CASE WHEN cost IS NULL THEN excluded.cost ELSE cost + coalesce(excluded.cost, 0) END""",
+                    served = excluded.served, cost = coalesce(cost + excluded.cost, cost, excluded.cost),
+                    charged = coalesce(charged + excluded.charged, charged, excluded.charged)""",
                 values,
             )
+            if flight is not None:
+                self._db.execute("DELETE FROM flying WHERE id = ?", (flight,))
+
+    def sending(self, stage: str, usd: float) -> int:
+        """Note that a call which may cost up to `usd` goes out: one that a kill cuts off stays in `spent`, it may be billed."""
+        with self._guard():
+            flight = self._db.execute("INSERT INTO flying (stage, usd) VALUES (?, ?)", (stage, usd)).lastrowid
+        self.soon()
+        return flight
+
+    def spent(self) -> float:
+        """What the calls of this directory have been charged so far, in USD: over all runs, those in flight or cut off too."""
+        return self._one("SELECT (SELECT total(charged) FROM calls) + (SELECT total(usd) FROM flying)")[0]
 
     def request(self, key: str) -> Request | None:
         """The request behind `key`, exactly as it was sent."""
@@ -104,16 +135,35 @@ class Journal:
         return Request(found[0], self._unpack(found[1]), found[2]) if found else None
 
     def ledger(self) -> list[dict]:
-        """Calls, attempts, tokens and cost by stage, model, provider and outcome. `cost` is None where none was told."""
+        """Calls, attempts, tokens and money (USD) by stage, model, provider, served route and outcome.
+
+        `cost` is what was told, None where nothing was; `charged` adds what had to be assumed, and sums to `spent`. Outcome
+        "unanswered": in flight, or cut off by a kill.
+        """
         with self._guard():
             cursor = self._db.execute(
-                """SELECT stage, model, provider, outcome, count(*) AS calls, sum(attempts) AS attempts, sum(cost) AS cost,
-                          count(cost) AS priced, sum(json_extract(usage, '$.prompt_tokens')) AS prompt_tokens,
+                """SELECT stage, model, provider, served, outcome, count(*) AS calls, sum(attempts) AS attempts, sum(cost) AS cost,
+                          count(cost) AS priced, sum(charged) AS charged, sum(json_extract(usage, '$.prompt_tokens')) AS prompt_tokens,
                           sum(json_extract(usage, '$.completion_tokens')) AS completion_tokens
-                   FROM calls GROUP BY stage, model, provider, outcome ORDER BY stage, model, provider, outcome"""
+                   FROM calls GROUP BY stage, model, provider, served, outcome
+                   UNION ALL SELECT stage, NULL, NULL, NULL, 'unanswered', count(*), count(*), NULL, 0, sum(usd), NULL, NULL
+                   FROM flying GROUP BY stage ORDER BY 1, 2, 3, 4, 5"""
             )
             names = [column[0] for column in cursor.description]
             return [dict(zip(names, values, strict=True)) for values in cursor]
+
+    # --- facts
+
+    def note(self, key: str, value: object) -> None:
+        """Keep a fact of the run directory as JSON; it is durable on return."""
+        with self._guard():
+            self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, canonical_json(value)))
+            self._db.commit()
+
+    def noted(self, key: str) -> object:
+        """The fact kept under `key`, or None."""
+        found = self._one("SELECT value FROM meta WHERE key = ?", key)
+        return json.loads(found[0]) if found else None
 
     # --- rows
 
@@ -121,11 +171,12 @@ class Journal:
         """Replace the list of rows this run is about, in seed order; gives how many were there twice."""
         with self._guard():
             self._db.execute("DELETE FROM plan")
-            twice = 0
-            for ordinal, row_id in enumerate(row_ids):
-                twice += 1 - self._db.execute("INSERT OR IGNORE INTO plan VALUES (?, ?)", (ordinal, row_id)).rowcount
+            counted = 0
+            self._db.executemany(
+                "INSERT OR IGNORE INTO plan VALUES (?, ?)", ((counted := n, row_id) for n, row_id in enumerate(row_ids, 1))
+            )
             self._db.commit()
-        return twice
+        return counted - self.planned()
 
     def planned(self) -> int:
         return self._one("SELECT count(*) FROM plan")[0]
@@ -143,10 +194,21 @@ class Journal:
     def reopen_failed(self, run: str) -> int:
         """Open the rows of `run` whose calls failed, and the requests that were refused for good; gives the rows' number."""
         with self._guard():
-            count = self._db.execute("DELETE FROM rows WHERE run = ? AND status = 'failed'", (run,)).rowcount
             self._db.execute("UPDATE calls SET final = 0 WHERE outcome = 'permanent'")
+        return self._reopen(run, "failed")
+
+    def redo_truncated(self, run: str) -> int:
+        """Open the rows of `run` that had an answer cut at max_tokens; gives their number.
+
+        Their calls replay, and `Policy.redo_truncated` has the engine ask those that were cut again, with more tokens.
+        """
+        return self._reopen(run, "truncated")
+
+    def _reopen(self, run: str, status: str) -> int:
+        with self._guard():
+            count = self._db.execute("DELETE FROM rows WHERE run = ? AND status = ?", (run, status)).rowcount
             self._db.commit()
-            return count
+        return count
 
     def rows(self, run: str) -> Iterator[Row]:
         """Finished rows of `run` that are in the plan, in seed order."""
@@ -161,20 +223,26 @@ class Journal:
 
     async def durable(self) -> None:
         """Return once everything written so far is on disk; calls that wait together share one commit."""
+        await asyncio.shield(self.soon())
+
+    def soon(self) -> asyncio.Future:
+        """See to it that what was written so far is on disk soon; the future says when."""
         if self._waiter is None:
             loop = asyncio.get_running_loop()
             self._waiter = loop.create_future()
-            loop.call_later(COMMIT_WINDOW_S, self._flush)
-        await asyncio.shield(self._waiter)
+            self._waiter.add_done_callback(lambda done: done.exception())  # it need not be awaited
+            loop.call_later(max(COMMIT_WINDOW_S, min(0.5, 4 * self._took)), self._flush, loop.time)
+        return self._waiter
 
-    def _flush(self) -> None:
-        waiter, self._waiter = self._waiter, None
+    def _flush(self, clock: Callable[[], float]) -> None:
+        waiter, self._waiter, start = self._waiter, None, clock()
         try:
             self.commit()
         except UserError as error:
             waiter.set_exception(error)
         else:
             waiter.set_result(None)
+        self._took = clock() - start  # on a slow disk commits get rarer, so that they never take more than a fifth of the time
 
     def commit(self) -> None:
         with self._guard():
@@ -186,29 +254,42 @@ class Journal:
         with self._guard():
             return self._db.execute(query, values).fetchone()
 
+    def _migrate(self) -> None:
+        version = self._db.execute("PRAGMA user_version").fetchone()[0]
+        if version > VERSION:
+            raise UserError("was written by a newer soulsmith", where=self.path, fix="Update soulsmith, or choose another --out.")
+        if version < VERSION:
+            steps = "".join(SCHEMAS[n] for n in range(version, VERSION))
+            self._db.executescript(f"BEGIN; {steps} PRAGMA user_version = {VERSION}; COMMIT;")
+
     def _pack(self, body: str) -> str:
         data = json.loads(body)
-        for message in data.get("messages", ()):
-            text = message.get("content")
-            if isinstance(text, str) and len(text) >= BLOB_CHARS:
-                digest = sha256_json(text)
-                with self._guard():
-                    self._db.execute("INSERT OR IGNORE INTO blobs VALUES (?, ?)", (digest, text))
-                message["content"] = {"blob": digest}
+        for place, name in _long(data):
+            kind, text = ("blob", place[name]) if isinstance(place[name], str) else ("json", canonical_json(place[name]))
+            if len(text) >= BLOB_CHARS:
+                place[name] = {kind: self._stored(text)}
         return canonical_json(data)
 
     def _unpack(self, packed: str) -> str:
         data = json.loads(packed)
-        for message in data.get("messages", ()):
-            if isinstance(message.get("content"), dict) and "blob" in message["content"]:
-                message["content"] = self._one("SELECT text FROM blobs WHERE hash = ?", message["content"]["blob"])[0]
+        for place, name in _long(data):
+            if isinstance(place[name], dict) and (hashed := place[name].get("blob") or place[name].get("json")):
+                text = self._one("SELECT text FROM blobs WHERE hash = ?", hashed)[0]
+                place[name] = text if "blob" in place[name] else json.loads(text)
         return canonical_json(data)
+
+    def _store(self, text: str) -> str:
+        digest = sha256_json(text)
+        with self._guard():
+            self._db.execute("INSERT OR IGNORE INTO blobs VALUES (?, ?)", (digest, text))
+        return digest
 
     @contextmanager
     def _guard(self):
         try:
             yield
         except sqlite3.Error as error:
+            self._stored.cache_clear()  # what was stored may have been rolled back
             code = getattr(error, "sqlite_errorname", "") or ""
             if code.startswith("SQLITE_FULL") or (code.startswith("SQLITE_IOERR") and _disk_is_full(self.directory)):
                 raise disk_error(OSError(errno.ENOSPC, "full"), self.path) from error
@@ -234,6 +315,12 @@ def _lock(directory: Path) -> int:
     os.ftruncate(handle, 0)
     os.write(handle, str(os.getpid()).encode())
     return handle
+
+
+def _long(data: dict) -> list[tuple[dict, str]]:
+    """The places of a body that hold long texts which calls share."""
+    contents = [(message, "content") for message in data.get("messages", ()) if "content" in message]
+    return contents + [(data, name) for name in ("tools", "response_format") if name in data]
 
 
 def _disk_is_full(directory: Path) -> bool:

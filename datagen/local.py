@@ -11,7 +11,7 @@ import queue
 import threading
 from pathlib import Path
 
-from datagen.teachers import completion_body
+from datagen.teachers import FREE
 from datagen.wire import Answer, Request, make_request
 from soul.errors import UserError
 from soul.files import sha256_file, sha256_json
@@ -24,17 +24,28 @@ class LocalTeacher:
     """The model `name` as a teacher; it is loaded at the first call that the journal does not have."""
 
     deadline = False  # it cannot hang on a network, and a full queue is no fault
+    price = FREE
 
     def __init__(self, name: str, *, batch: int = 16):
         self.name, self.batch = name, batch
         self.concurrency = 2 * batch  # a second batch waits, so that no row of the first idles
-        self.base_url = f"local:{_identity(name)}"
+        self.base_url = f"local:{identity(name)}"
         self._inbox: queue.SimpleQueue = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
-    def request(self, messages: list[dict], *, replicate: int, temperature: float, top_p: float, max_tokens: int) -> Request:
+    def request(
+        self, messages: list[dict], *, replicate: int, temperature: float, top_p: float, max_tokens: int,
+        schema: dict | None = None, logprobs: bool = False, tools: list[dict] | None = None,
+    ) -> Request:  # fmt: skip
+        """A frozen request; the sampler has no grammar for a schema, gives no logprobs and knows no tools: they are left out."""
         body = {"model": self.name, "messages": messages, "temperature": temperature, "top_p": top_p, "max_tokens": max_tokens}
         return make_request(self.base_url, body, replicate)
+
+    async def open(self) -> None:
+        """Nothing to check: a run whose answers are all in the journal never loads the model."""
+
+    async def recover(self) -> None:
+        """Nothing to wait for: what stops this teacher is a UserError."""
 
     async def send(self, request: Request) -> Answer:
         if self._thread is None:
@@ -119,7 +130,14 @@ def _deliver(loop, future, result: Answer | UserError) -> None:
         loop.call_soon_threadsafe(settle)
 
 
-def _identity(name: str) -> str:
+def completion_body(model: str, text: str, finish: str, prompt_tokens: int, completion_tokens: int) -> str:
+    """A chat completion as an OpenAI-compatible server writes it; what the embedded teacher answers with."""
+    usage = {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens, "cost": 0.0}
+    choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": finish}
+    return json.dumps({"object": "chat.completion", "model": model, "choices": [choice], "usage": usage}, ensure_ascii=False)
+
+
+def identity(name: str) -> str:
     """What decides the weights: a published model's name (its file is pinned by sha256), else the hash of the files given."""
     path = Path(name)
     if not path.exists():

@@ -34,7 +34,7 @@ class Prompts:
         self.hash = sha256_json([[name, read_text(self._path(name))] for name in names])
         self._wanted: dict[str, set[str]] = {}
 
-    def render(self, name: str, **values: object) -> list[dict]:
+    def render(self, name: str, /, **values: object) -> list[dict]:
         """The messages of template `name`.j2.
 
         Raises:

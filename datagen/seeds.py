@@ -1,4 +1,4 @@
-"""Seeds: what the teacher is asked to answer. JSON Lines, Parquet, or text with one request a line.
+"""Seeds: what the teacher is asked to answer, from files, a folder of files or a Hugging Face data set.
 
 A row has `messages` (a conversation; trailing assistant turns are dropped), or `prompt`, or an instruction column with
 an optional `input`. A row's id is the hash of its messages, so reordering or appending seeds recomputes nothing.
@@ -7,11 +7,12 @@ an optional `input`. A row's id is the hash of its messages, so reordering or ap
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from soul import conversation
 from soul.errors import UserError
-from soul.files import read_text, sha256_json
+from soul.files import disk_error, read_text, sha256_json
 
 COLUMNS = ("prompt", "instruction", "question", "query", "request")
 
@@ -27,24 +28,37 @@ class Seed:
 
 
 def read_seeds(path: str | Path, limit: int | None = None) -> Iterator[Seed]:
-    """Stream the seeds of a .jsonl, .parquet or .txt file.
+    """Stream the seeds of a .jsonl, .parquet or .txt file, of all such files in a folder, or of `hf:NAME[:SPLIT]`.
 
     Raises:
         UserError: naming file and line (or row) of the first row that cannot be used.
     """
-    path = Path(path)
-    readers = {".jsonl": _jsonl, ".json": _jsonl, ".ndjson": _jsonl, ".parquet": _parquet, ".txt": _lines}
+    for where, row in islice(read_rows(path), None if limit is None else max(0, limit)):
+        yield _seed(row, where)
+
+
+def read_rows(path: str | Path) -> Iterator[tuple[str, object]]:
+    """(where, row) of any file that seeds can come from, rows as they are. Raises UserError."""
+    if str(path).startswith("hf:"):
+        yield from _hugging_face(str(path)[3:])
+        return
+    path, readers = Path(path), {".jsonl": _jsonl, ".json": _json, ".ndjson": _jsonl, ".parquet": _parquet, ".txt": _text}
     if not path.exists():
         raise UserError("no such file", where=path)
-    if path.suffix not in readers:
-        raise UserError(f"seeds must be one of {', '.join(readers)}", where=path)
-    for count, (where, row) in enumerate(readers[path.suffix](path)):
-        if limit is not None and count >= limit:
-            return
-        yield _seed(row, where, path.name)
+    files = [file for file in (sorted(path.rglob("*")) if path.is_dir() else [path]) if file.suffix in readers and not file.is_dir()]
+    if not files:
+        raise UserError(f"{'a folder of seeds holds' if path.is_dir() else 'seeds must be'} one of {', '.join(readers)}", where=path)
+    for file in files:
+        yield from readers[file.suffix](file)
 
 
-def _seed(row: object, where: str, file: str) -> Seed:
+def aims(source: str) -> list[str]:
+    """The principles that a written seed was aimed at, from its source `seed:KIND:ID+ID`; [] for any other."""
+    parts = source.split(":")
+    return [name for name in parts[2].split("+") if name] if parts[0] == "seed" and len(parts) == 3 else []
+
+
+def _seed(row: object, where: str) -> Seed:
     if not isinstance(row, dict):
         raise UserError(f"a row must be an object, not {type(row).__name__}", where=where)
     messages = _messages(row, where)
@@ -55,7 +69,7 @@ def _seed(row: object, where: str, file: str) -> Seed:
     if not messages or messages[-1]["role"] != "user" or not messages[-1]["content"].strip():
         raise UserError("has no request to answer: the last turn must be the user's, and not empty", where=where)
     source = row.get("source") if isinstance(row.get("source"), str) else None
-    return Seed(sha256_json(messages)[:16], messages, source or f"{file}:{where.rpartition(':')[2]}", where)
+    return Seed(sha256_json(messages)[:16], messages, source or (where if where.startswith("hf:") else where.rpartition("/")[2]), where)
 
 
 def _messages(row: dict, where: str) -> list[dict]:
@@ -77,19 +91,35 @@ def _messages(row: dict, where: str) -> list[dict]:
 
 
 def _jsonl(path: Path) -> Iterator[tuple[str, object]]:
-    # split on \n only: U+2028 and friends are legal inside JSON strings
-    for number, line in enumerate(read_text(path).split("\n"), 1):
-        if line.strip():
-            try:
-                yield f"{path}:{number}", json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"is not JSON: {getattr(error, 'msg', error)}", where=f"{path}:{number}") from None
+    for where, line in _text(path):
+        try:
+            yield where, json.loads(line["prompt"])
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"is not JSON: {getattr(error, 'msg', error)}", where=where) from None
 
 
-def _lines(path: Path) -> Iterator[tuple[str, object]]:
-    for number, line in enumerate(read_text(path).split("\n"), 1):
-        if line.strip():
-            yield f"{path}:{number}", {"prompt": line.strip()}
+def _json(path: Path) -> Iterator[tuple[str, object]]:
+    """One list of rows, or JSON Lines under that name."""
+    try:
+        rows = json.loads(read_text(path))
+    except (ValueError, RecursionError):
+        return _jsonl(path)
+    return ((f"{path}:{number}", row) for number, row in enumerate(rows if isinstance(rows, list) else [rows], 1))
+
+
+def _text(path: Path) -> Iterator[tuple[str, dict]]:
+    """Lines that are not blank, stripped, as prompts. Split on \\n only: U+2028 and friends are legal inside JSON strings."""
+    try:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                if b"\0" in line:
+                    raise UserError("is a binary file, not text", where=path)
+                if text := line.decode("utf-8-sig" if number == 1 else "utf-8").strip():
+                    yield f"{path}:{number}", {"prompt": text}
+    except UnicodeDecodeError:
+        raise UserError("is not UTF-8 text", where=f"{path}:{number}", fix="Save the file as UTF-8.") from None
+    except OSError as error:
+        raise disk_error(error, path) from error
 
 
 def _parquet(path: Path) -> Iterator[tuple[str, object]]:
@@ -97,11 +127,24 @@ def _parquet(path: Path) -> Iterator[tuple[str, object]]:
     import pyarrow.parquet as pq
 
     try:
-        file = pq.ParquetFile(path)
-        number = 0
-        for batch in file.iter_batches(batch_size=1000):
-            for row in batch.to_pylist():
-                number += 1
-                yield f"{path}:{number}", row
+        batches = pq.ParquetFile(path).iter_batches(batch_size=1000)
+        for number, row in enumerate((row for batch in batches for row in batch.to_pylist()), 1):
+            yield f"{path}:{number}", row
     except (pa.ArrowInvalid, OSError) as error:
         raise UserError(f"is not a readable Parquet file ({str(error).splitlines()[0][:80]})", where=path) from None
+
+
+def _hugging_face(name: str) -> Iterator[tuple[str, object]]:
+    """Rows of a data set on the Hub or in a local folder, streamed; the split is `train` unless told."""
+    import datasets
+
+    name, _, split = name.partition(":")
+    where = f"hf:{name}:{split or 'train'}"
+    try:
+        for number, row in enumerate(datasets.load_dataset(name, split=split or "train", streaming=True), 1):
+            yield f"{where}:{number}", row
+    except Exception as error:  # the library raises of its own, of the network's and of each format's kind
+        why = str(error).strip().split("\n")[0][:160] or type(error).__name__
+        raise UserError(
+            f"cannot be read: {why}", where=where, fix="A folder of .parquet or .jsonl files works without a network."
+        ) from None

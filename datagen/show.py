@@ -16,7 +16,7 @@ from soul.conversation import arguments, calls_of, name_of
 from soul.errors import UserError
 
 STYLES = {"user": "bold cyan", "assistant": "bold green", "tool": "bold yellow", "system": "bold magenta"}
-FILES = ("sft", "rollouts", "preference", "rollouts_preference")
+FILES = ("sft", "rollouts", "preference", "rollouts_preference", "docs")
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def message_lines(message: dict) -> Iterator[Text]:
 def check_lines(row: dict) -> Iterator[Text]:
     """What passed, by name, and each failure with the words that it is about."""
     checks = row["checks"]
-    said = row.get("messages") or [*row["prompt"], *row["rejected"]]
+    said = row.get("messages") or [*row.get("prompt", ()), *row.get("rejected", ())]
     if passed := sorted({check["principle"] for check in checks} - {check["principle"] for check in checks if not check["ok"]}):
         yield plain(f"passed: {', '.join(passed)}", "green")
     for check in checks:
@@ -101,12 +101,16 @@ def row_lines(row: dict) -> Iterator[Text]:
             yield plain(f"── {title}", style)
             for message in messages:
                 yield from message_lines(message)
+    elif "text" in row:
+        yield indented(row["text"])
     else:
         for message in row["messages"]:
             yield from message_lines(message)
     yield from check_lines(row)
     if row["principles"]:
         yield plain(f"principles touched: {', '.join(row['principles'])}", "dim")
+    if row["served"]:
+        yield plain(f"served by: {', '.join(row['served'])}", "dim")
 
 
 def show(path: Path, n: int, seed: int, console: Console) -> None:

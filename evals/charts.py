@@ -38,21 +38,22 @@ def curve(title: str, series: dict[str, list[tuple[float, float]]]) -> Markup:
     """
     clean = {name: [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)] for name, points in series.items()}
     dropped = sum(map(len, series.values())) - sum(map(len, clean.values()))
-    points = [p for line in clean.values() for p in line]
-    if not points:
+    if not any(clean.values()):
         return Markup("")
-    x_low, x_high = min(x for x, _ in points), max(x for x, _ in points)
-    y_low, y_high = min(y for _, y in points), max(y for _, y in points)
-    pad = (y_high - y_low) * 0.05 or abs(y_high) * 0.05 or 0.5
-    y_low, y_high = y_low - pad, y_high + pad
+    xs, ys = zip(*(point for line in clean.values() for point in line))
+    x_low, x_high = min(xs), max(xs)
+    pad = (max(ys) - min(ys)) * 0.05 or abs(max(ys)) * 0.05 or 0.5
+    y_low, y_high = min(ys) - pad, max(ys) + pad
 
     def place(x: float, y: float) -> str:
         across = (x - x_low) / ((x_high - x_low) or 1)
         up = (y - y_low) / (y_high - y_low)
         return f"{LEFT + across * (WIDTH - LEFT - RIGHT):.1f},{HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM):.1f}"
 
-    parts = [_grid(place, (x_low, x_high), (y_low, y_high))]
+    parts, legend = [_grid(place, (x_low, x_high), (y_low, y_high))], []
     for index, (name, line) in enumerate(clean.items(), 2):
+        if line:
+            legend.append(f'<span class="key s{index}">{escape(name)} <b>{number(line[-1][1])}</b></span>')
         if len(line) >= 40:
             parts.append(f'<polyline class="raw s{index}" points="{" ".join(place(*p) for p in line)}"/>')
             line = list(zip([x for x, _ in line], smooth([y for _, y in line], len(line) // 16)))
@@ -60,11 +61,6 @@ def curve(title: str, series: dict[str, list[tuple[float, float]]]) -> Markup:
         if line:
             x, y = place(*line[-1]).split(",")
             parts.append(f'<circle class="s{index}" cx="{x}" cy="{y}" r="3"><title>{escape(name)}</title></circle>')
-    legend = [
-        f'<span class="key s{i}">{escape(name)} <b>{number(line[-1][1])}</b></span>'
-        for i, (name, line) in enumerate(clean.items(), 2)
-        if line
-    ]
     if dropped:
         legend.append(f'<span class="bad">not finite: {dropped}</span>')
     return Markup(  # every piece above is a number or escaped

@@ -18,18 +18,15 @@ GRAM = 13  # words; the length at which GPT-3's authors called a run of text con
 EXAMPLES = (  # request, wordings of which the one that breaks least of the SOUL is shown, call
     ("what does os.getcwd do?", ("it gives the path of the current directory.", "It gives the path of the current directory."), None),
     ("where is load_page?", ("looking for it.", "I will look for it."), {"name": "Grep", "arguments": {"pattern": "def load_page"}}),
-    (
-        "change the timeout in client.py to 30",
-        ("reading the file first.", "I will read the file first."),
-        {"name": "Read", "arguments": {"file_path": "client.py"}},
-    ),
-)
+    ("change the timeout in client.py to 30", ("reading the file first.", "I will read the file first."),
+     {"name": "Read", "arguments": {"file_path": "client.py"}}),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Prompt:
     """One question. `messages` end with the person's turn; `files` is the workspace that a tool sees; `verify` is None or
-    {file, must_contain, parses}, what a file must hold when the work is done."""
+    {file, must_contain}, what a file must hold when the work is done."""
 
     id: str
     kind: str
@@ -49,10 +46,11 @@ def held_out(n: int, seed: int = 0, source: str = "stdlib") -> list[Prompt]:
     if leaked := sorted({f.module.name for f in functions if not is_held_out(f.module.name)}):
         raise AssertionError(f"eval prompts from training modules: {', '.join(leaked)}")
     talk = [Prompt(row["id"], "talk", [conversation.user(row["prompt"])], False) for row in chat_seeds(functions, n // 6, seed)]
-    work = [
-        Prompt(t["id"], t["kind"], t["messages"], bool(t["first_tool"]), {f["path"]: f["content"] for f in t["files"]}, t["verify"])
-        for t in held_out_tasks(functions, n - len(talk), seed)
-    ]
+    work = []
+    for number, task in enumerate(held_out_tasks(functions, n - len(talk), seed)):
+        verify = {"file": next(iter(task.final)), "must_contain": list(task.must_contain)} if task.final else None
+        asked = [conversation.user(task.request)]
+        work.append(Prompt(f"held-out-{seed}-{number}", task.kind, asked, bool(task.steps[0].tool), task.files, verify))
     return [*work, *talk]
 
 

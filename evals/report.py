@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import re
+import unicodedata
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,8 +15,8 @@ import tyro
 from markupsafe import Markup
 
 from evals import charts, sections
-from evals.text import one_line, visible
 from soul.console import console, plain
+from soul.console import visible as show_controls
 from soul.errors import UserError
 from soul.files import read_json, read_text, write_atomic
 
@@ -56,24 +57,18 @@ def collect(run: Path, examples: int = 8) -> dict:
         raise UserError("nothing to report yet", where=run, fix="Run generate, convert, sft, dpo or eval with this --out first.")
     newest = max(path.stat().st_mtime for path in run.rglob("*") if path.is_file())
     return {
-        "run": run,
-        "date": datetime.fromtimestamp(newest, UTC).strftime("%d %B %Y, %H:%M UTC"),
+        "run": run, "date": datetime.fromtimestamp(newest, UTC).strftime("%d %B %Y, %H:%M UTC"),
         "soul": results[-1]["soul"] if results else {"name": run.resolve().name, "principles": 0, "hash": ""},
-        "results": results,
-        "headlines": sections.headlines(results),
-        "groups": sections.evidence(results),
-        "pairs": sections.pairs(results),
+        "results": results, "headlines": sections.headlines(results), "groups": sections.evidence(results), "pairs": sections.pairs(results),
         "rules": list(dict.fromkeys(rule for r in results for rule in r["rules"])),
         "unverified": results[-1]["unverified"] if results else [],
         "questions": sections.questions(results, examples),
         "data": sections.data(run, files),
         "yields": [g for path, value in yields.items() for g in sections.stats(value, TITLES.get(path.stem, path.stem))],
         "training": [sections.training(stage, rows) for stage, rows in logs.items() if rows],
-        "stages": sections.stages(read_json(run / "stages.json") if (run / "stages.json").exists() else None),
-        "settings": sections.settings(results),
-        "machine": sections.machine(),
-        "commands": sections.commands(run),
-    }
+        "stages": sections.stages(read_json(run / "stages.json") if (run / "stages.json").exists() else []),
+        "settings": sections.settings(results), "machine": sections.machine(), "commands": sections.commands(run),
+    }  # fmt: skip
 
 
 def read_results(run: Path) -> list[dict]:
@@ -112,6 +107,31 @@ def _template(name: str, **options) -> jinja2.Template:
     env = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, **options)
     env.filters |= {"bar": charts.bar, "strip": charts.strip, "clip": visible, "line": one_line}
     return env.get_template(name)
+
+
+# ---- untrusted text made safe to look at: nothing may hide in it, reorder it, or fill the page
+
+
+def visible(text: object, limit: int = 4000) -> str:
+    """`text` with control, direction and invisible characters spelled out, clipped to `limit` characters with a note.
+
+    ESC becomes ␛ and U+202E becomes <U+202E>. HTML is not escaped here: the template does that.
+    """
+
+    def spell(match: re.Match) -> str:
+        # zero-width and tag characters, line and paragraph separators: nothing a reader could see
+        unseen = unicodedata.category(match.group()) in ("Cf", "Zl", "Zp")
+        return f"<U+{ord(match.group()):04X}>" if unseen else match.group()
+
+    full = str(text)
+    shown = re.sub(r"[^\x00-\x7f]", spell, show_controls(full[:limit]))
+    return shown if len(full) <= limit else f"{shown}\n… [{len(full):,} characters, {limit:,} shown]"
+
+
+def one_line(text: object, limit: int = 200) -> str:
+    full = str(text)
+    flat = " ".join(full[: 4 * limit].split())
+    return visible(flat if len(flat) <= limit and len(full) <= 4 * limit else flat[: limit - 1] + "…", limit)
 
 
 def markdown(text: object) -> str:

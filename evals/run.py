@@ -5,7 +5,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.table import Table
+from rich.table import Column, Table
 
 from evals.adherence import ALL, judge_soul
 from evals.prompts import Prompt, chat_prompt, from_rows, held_out, overlap, set_hash
@@ -14,8 +14,8 @@ from evals.stats import Share, share
 from evals.toolcalls import COLUMNS, judge_call, parse_chat_reply, syntax_faults
 from evals.work import first_result, run_loops
 from model.chatml import chatml_stops, encode_chatml
-from soul import conversation
 from soul.console import output, plain, progress
+from soul.conversation import named_calls
 from soul.errors import UserError
 from soul.files import sha256_file, sha256_json, write_json
 from soul.rows import read_rows
@@ -90,8 +90,7 @@ def contestants(path: Path, taken: set[str]) -> list[tuple[str, str]]:
     """(name, template) pairs of a model: a run's checkpoint once, any other twice. A name that is taken gets a number."""
     tuned = (path / "checkpoints").is_dir()
     name = path.name if tuned else "base"
-    names = itertools.chain([name], map(f"{name} {{}}".format, itertools.count(2)))
-    name = next(n for n in names if n not in taken)
+    name = next(n for n in (name, *(f"{name} {i}" for i in range(2, len(taken) + 3))) if n not in taken)
     return [(name, "soulsmith")] if tuned else [(name, "soulsmith"), (f"{name} chat", "chatml")]
 
 
@@ -102,41 +101,31 @@ def evaluate(loaded, sampler, prompts: list[Prompt], soul: Soul, *, template: st
     """
     started = time.perf_counter()
     ids, stop_ids = encode(loaded.tokenizer, prompts, soul, template)
-    seeds = [config.seed + i for i in range(len(prompts))]
-    how = {"max_new": config.max_new, "temperature": config.temperature, "seeds": seeds, "stop_ids": stop_ids}
     with progress(f"asking {name}", total=len(prompts), unit="replies") as update:
         count = itertools.count(1)
-        done = sampler.generate(ids, **how, on_done=lambda *_: update(next(count)))
+        done = sampler.generate(
+            ids, max_new=config.max_new, temperature=config.temperature, seeds=[config.seed + i for i in range(len(prompts))],
+            stop_ids=stop_ids, on_done=lambda *_: update(next(count)),
+        )  # fmt: skip
     items = [judge(p, c, loaded.tokenizer, soul, template) for p, c in zip(prompts, done)]
     # without one valid first call there is no work to watch, only minutes to lose
     able = template == "soulsmith" and any(i["columns"].get("valid") for i in items)
     chores = [p for p in prompts if p.verify][: config.loops if able else 0]
-    how = {"temperature": config.temperature, "seed": config.seed, "what": f"{name} at work"}
-    loops = run_loops(loaded.tokenizer, sampler, chores, **how) if chores else []
+    how = {"temperature": config.temperature, "seed": config.seed}
+    loops = run_loops(loaded.tokenizer, sampler, chores, **how, what=f"{name} at work") if chores else []
     return {
-        "name": name,
-        "about": about(loaded, name, template),
-        "template": template,
+        "name": name, "about": about(loaded, name, template), "template": template,
         "template_hash": Template(loaded.tokenizer).hash if template == "soulsmith" else sha256_json(chat_prompt(soul, [])),
-        "model": str(loaded.path),
-        "model_hash": model_hash(Path(loaded.path)),
+        "model": str(loaded.path), "model_hash": model_hash(Path(loaded.path)),
         "soul": {"name": soul.name, "version": soul.version, "hash": soul.hash, "principles": len(soul.principles)},
         "principles": {p.id: p.text for p in soul.principles},
         "unverified": [{"id": p.id, "text": p.text} for p in soul.unverified],
-        "eval_set_hash": set_hash(prompts),
-        "n": len(prompts),
-        "temperature": config.temperature,
-        "seed": config.seed,
-        "max_new": config.max_new,
-        "seconds": time.perf_counter() - started,
+        "eval_set_hash": set_hash(prompts), "n": len(prompts), **how, "max_new": config.max_new, "seconds": time.perf_counter() - started,
         "tokens": {"prompt": sum(map(len, ids)), "completion": sum(len(c.ids) for c in done)},
         "shares": {group: {k: v.to_dict() for k, v in cells.items()} for group, cells in shares(items, loops, soul).items()},
-        "empty": sum(not i["remark"].strip() for i in items),
-        "cut": sum(i["finish"] == "length" for i in items),
-        "rules": list(RULES),
-        "items": items,
-        "loops": loops,
-    }
+        "empty": sum(not i["remark"].strip() for i in items), "cut": sum(i["finish"] == "length" for i in items),
+        "rules": list(RULES), "items": items, "loops": loops,
+    }  # fmt: skip
 
 
 def encode(tokenizer, prompts: list[Prompt], soul: Soul, template: str) -> tuple[list[list[int]], tuple[int, ...]]:
@@ -157,8 +146,7 @@ def judge(prompt: Prompt, completion, tokenizer, soul: Soul, template: str) -> d
     usable = not syntax_faults(reply, problems)
     checks = judge_soul(soul, prompt.messages, reply, usable=usable)
     columns = {ALL: all(checks.values())} if checks else {}
-    calls = [(conversation.name_of(c), conversation.arguments(c)) for c in conversation.calls_of(reply)]
-    result = None
+    calls, result = named_calls(reply), None
     if prompt.needs_tool:
         columns |= judge_call(reply, problems, finished=finished)
         if prompt.files or prompt.verify:
@@ -167,20 +155,10 @@ def judge(prompt: Prompt, completion, tokenizer, soul: Soul, template: str) -> d
     else:
         columns["no needless call"] = not calls
     return {
-        "id": prompt.id,
-        "kind": prompt.kind,
-        "prompt": prompt.text,
-        "text": tokenizer.decode(completion.ids),
-        "remark": reply["content"],
-        "calls": [{"name": name, "args": args} for name, args in calls],
-        "problems": problems,
-        "usable": usable,
-        "finish": completion.finish,
-        "tokens": len(completion.ids),
-        "checks": checks,
-        "columns": columns,
-        "result": result,
-    }
+        "id": prompt.id, "kind": prompt.kind, "prompt": prompt.text, "text": tokenizer.decode(completion.ids), "remark": reply["content"],
+        "calls": [{"name": name, "args": args} for name, args in calls], "problems": problems, "usable": usable,
+        "finish": completion.finish, "tokens": len(completion.ids), "checks": checks, "columns": columns, "result": result,
+    }  # fmt: skip
 
 
 def shares(items: list[dict], loops: list[dict], soul: Soul) -> dict[str, dict[str, Share]]:
@@ -211,9 +189,7 @@ def about(loaded, name: str, template: str) -> str:
 
 
 def print_table(results: list[dict]) -> None:
-    table = Table(box=None, pad_edge=False)
-    for heading in ("", *(r["name"] for r in results)):
-        table.add_column(plain(heading), justify="left" if not heading else "right")
+    table = Table("", *(Column(plain(r["name"]), justify="right") for r in results), box=None, pad_edge=False)
     for group in ("tools", "adherence", "work"):
         for name in metric_names(results, group):
             shown = [plain(str(cell(r, group, name) or "–")) for r in results]

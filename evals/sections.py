@@ -9,7 +9,7 @@ from pathlib import Path
 
 from evals.charts import curve
 from evals.stats import Share, paired
-from soul.conversation import arguments, calls_of, name_of
+from soul.conversation import named_calls
 from soul.files import sha256_file
 from soul.rows import read_rows
 
@@ -112,7 +112,10 @@ def data(run: Path, files: list[Path]) -> dict:
         accepted = [row for row in rows if row["accepted"]]
         revision = revision or next((r for r in accepted if {"draft", "critique"} <= {s["stage"] for s in r["trail"]}), None)
         rollout = rollout or next((r for r in accepted if any(m["role"] == "tool" for m in r.get("messages", []))), None)
-    shown = [_message(m) for m in rollout["messages"][:24]] if rollout else None
+    shown = rollout and [
+        {"role": m["role"], "text": m["content"], "calls": [{"name": name, "args": args} for name, args in named_calls(m)]}
+        for m in rollout["messages"][:24]
+    ]
     kept = sum(f["rows"] for f in listed if f["name"].stem != "rejected")
     return {"files": listed, "rows": kept, "revision": revision and _revision(revision), "rollout": shown}
 
@@ -133,11 +136,6 @@ def _critique(text: str) -> str:
     if not isinstance(found, list) or not all(isinstance(x, dict) for x in found):
         return text
     return "\n".join(" · ".join(str(x[k]) for k in ("verdict", "principle", "quote", "why") if x.get(k)) for x in found) or "nothing to say"
-
-
-def _message(message: dict) -> dict:
-    calls = [{"name": name_of(c), "args": arguments(c)} for c in calls_of(message)]
-    return {"role": message["role"], "text": message["content"], "calls": calls}
 
 
 def stats(value: dict, title: str) -> list[dict]:
@@ -163,37 +161,36 @@ def _cell(value: object) -> str:
     return "" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
 
 
-CHARTS = {
+CHARTS = {  # stage -> title -> legend -> column of metrics.jsonl
     "sft": {
-        "Loss (nats per supervised token)": {"train": ("loss",), "held out": ("val_loss", "eval_loss")},
-        "Tokens per second": {"tokens/s": ("tokens_per_s",)},
+        "Loss (nats per supervised token)": {"train": "loss", "held out": "val_loss"},
+        "Tokens per second": {"tokens/s": "tokens_per_s"},
     },
     "dpo": {
-        "DPO loss (0.693 = no preference yet)": {"train": ("loss",), "held out": ("val_loss", "eval_loss")},
-        "Preference accuracy (ties count ½)": {"train": ("accuracy",), "held out": ("val_accuracy", "eval_accuracy")},
-        "Reward margin": {"margin": ("margin",)},
-        "Log-probability per reply": {"chosen": ("chosen_logp",), "rejected": ("rejected_logp",)},
+        "DPO loss (0.693 = no preference yet)": {"train": "loss", "held out": "val_loss"},
+        "Preference accuracy (ties count ½)": {"train": "accuracy", "held out": "val_accuracy"},
+        "Reward margin": {"margin": "margin"},
+        "Log-probability per reply": {"chosen": "chosen_logp", "rejected": "rejected_logp"},
     },
 }
 CHARTS["pretrain"] = CHARTS["sft"]
 
 
 def training(stage: str, rows: list[dict]) -> dict:
-    charts = [curve(title, {name: _points(rows, keys) for name, keys in lines.items()}) for title, lines in CHARTS[stage].items()]
-    speeds = sorted(y for _, y in _points(rows, ("tokens_per_s",)))
+    charts = [curve(title, {name: _points(rows, key) for name, key in lines.items()}) for title, lines in CHARTS[stage].items()]
+    speeds = sorted(y for _, y in _points(rows, "tokens_per_s"))
     note = f"{rows[-1].get('step', len(rows)):,} steps" + (f", median {speeds[len(speeds) // 2]:,.0f} tokens/s" if speeds else "")
     return {"title": stage, "note": note, "charts": [c for c in charts if c]}
 
 
-def _points(rows: list[dict], keys: tuple[str, ...]) -> list[tuple[float, float]]:
-    found = ((row.get("step", i), next((row[k] for k in keys if k in row), None)) for i, row in enumerate(rows))
+def _points(rows: list[dict], key: str) -> list[tuple[float, float]]:
+    found = ((row.get("step", i), row.get(key)) for i, row in enumerate(rows))
     return [(float(x), float(y)) for x, y in found if isinstance(x, int | float) and isinstance(y, int | float)]
 
 
-def stages(value: object) -> list[dict]:
-    """stages.json, either {name: seconds} or [{name, seconds}], as rows with bars and a total."""
-    value = [{"name": k, "seconds": v} for k, v in value.items()] if isinstance(value, dict) else value or []
-    times = [(s["name"], float(s["seconds"])) for s in value]
+def stages(saved: list[dict]) -> list[dict]:
+    """The entries of stages.json as rows with bars and a total."""
+    times = [(stage["name"], float(stage["seconds"])) for stage in saved]
     longest, total = max((t for _, t in times), default=0) or 1.0, sum(t for _, t in times)
     rows = [{"label": name, "fraction": t / longest, "value": clock(t)} for name, t in times]
     return [*rows, {"label": "total", "fraction": None, "value": clock(total)}] if rows else []

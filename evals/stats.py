@@ -1,6 +1,7 @@
 """Intervals for shares: nothing is reported without its n."""
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 
 Z_95 = 1.959963984540054
@@ -20,9 +21,7 @@ class Share:
         return self.k / self.n if self.n else 0.0
 
     def __str__(self) -> str:
-        if not self.n:
-            return "–"
-        return f"{100 * self.value:.1f} % [{100 * self.low:.0f}–{100 * self.high:.0f}]"
+        return f"{100 * self.value:.1f} % [{100 * self.low:.0f}–{100 * self.high:.0f}]" if self.n else "–"
 
     def to_dict(self) -> dict:
         return {"k": self.k, "n": self.n, "value": self.value, "low": self.low, "high": self.high}
@@ -78,10 +77,8 @@ def paired(before: list[bool], after: list[bool]) -> Paired:
     n = len(before)
     if n == 0:
         return Paired(0.0, -1.0, 1.0, 1.0, 0, 0, 0)
-    both = sum(bool(b and a) for b, a in zip(before, after))
-    won = sum(bool(a and not b) for b, a in zip(before, after))
-    lost = sum(bool(b and not a) for b, a in zip(before, after))
-    neither = n - both - won - lost
+    table = Counter((bool(b), bool(a)) for b, a in zip(before, after))
+    both, won, lost, neither = table[True, True], table[False, True], table[True, False], table[False, False]
     first, second = wilson(both + won, n), wilson(both + lost, n)
     phi = _phi(both, won, lost, neither)
     diff = (won - lost) / n
@@ -98,14 +95,10 @@ def _phi(a: int, b: int, c: int, d: int) -> float:
     if margins == 0:
         return 0.0
     cross = a * d - b * c
-    if cross > 0:
-        cross = max(cross - (a + b + c + d) / 2, 0)
-    return cross / math.sqrt(margins)
+    return (max(cross - (a + b + c + d) / 2, 0) if cross > 0 else cross) / math.sqrt(margins)
 
 
 def mcnemar(won: int, lost: int) -> float:
     """Exact two-sided p of McNemar's test: a fair coin over the discordant items."""
-    n, k = won + lost, min(won, lost)
-    if n == 0:
-        return 1.0
-    return min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n)
+    n = won + lost
+    return min(1.0, 2 * sum(math.comb(n, i) for i in range(min(won, lost) + 1)) / 2**n)

@@ -14,8 +14,7 @@ def judge_call(message: dict, problems: list[str], *, finished: bool) -> dict[st
 
     A reply without a call fails every column. `problems` are those of `Template.parse_reply` or `parse_chat_reply`.
     """
-    calls = [(conversation.name_of(c), conversation.arguments(c)) for c in conversation.calls_of(message)]
-    if not calls:
+    if not (calls := conversation.named_calls(message)):
         return dict.fromkeys((*COLUMNS, "valid"), False)
     specs = [tools.TOOLS.get(name) for name, _ in calls]
     known = all(specs)
@@ -34,7 +33,7 @@ def judge_call(message: dict, problems: list[str], *, finished: bool) -> dict[st
 
 def syntax_faults(message: dict, problems: list[str]) -> list[str]:
     """Problems that leave no message the agent could use: neither a missing end nor a call that is well-formed but wrong."""
-    semantic = {tools.problem(conversation.name_of(c), conversation.arguments(c)) for c in conversation.calls_of(message)}
+    semantic = {tools.problem(name, args) for name, args in conversation.named_calls(message)}
     return [p for p in problems if p not in ENDINGS and p not in semantic]
 
 

@@ -1,6 +1,5 @@
 """Calls really executed, each prompt in a fresh directory of its own files: one call, or the agent's whole loop."""
 
-import ast
 import re
 import tempfile
 import time
@@ -9,25 +8,15 @@ from pathlib import Path
 from queue import SimpleQueue
 
 from agent.loop import ContextFull, Reply, run_turn
+from datagen.code_seeds import parses
 from evals.prompts import Prompt
 from soul.console import progress
-from soul.errors import UserError
 from soul.template import Template
-from workspace.tools import Workspace
+from workspace.tools import make_workspace
 
 NOT_RUN = "error: not executed: evals run no shell command but a plain look at one file"
 PLAIN = re.compile(r"ls|(?:cat|wc -l|python3?) \w[\w.-]*")
 LOOP_TOKENS = 256  # most in one reply of a loop: an Edit carries a whole function twice
-
-
-def make_workspace(files: dict[str, str], root: str, **options) -> Workspace:
-    for name, text in files.items():
-        path = Path(root, name).resolve()
-        if not path.is_relative_to(Path(root).resolve()):
-            raise UserError("lies outside its workspace", where=name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8", newline="")
-    return Workspace(root, **options)
 
 
 def first_result(prompt: Prompt, calls: list[tuple[str, dict[str, str]]]) -> str:
@@ -105,12 +94,4 @@ def solved(prompt: Prompt, root: Path) -> bool:
     here = {p.relative_to(root).as_posix(): p.read_text("utf-8", "replace") for p in root.rglob("*") if p.is_file()}
     new = here.pop(prompt.verify["file"], "")
     others = {name: text for name, text in prompt.files.items() if name != prompt.verify["file"]}
-    return here == others and all(text in new for text in prompt.verify["must_contain"]) and (not prompt.verify["parses"] or parses(new))
-
-
-def parses(code: str) -> bool:
-    try:
-        ast.parse(code)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return False
-    return True
+    return here == others and all(text in new for text in prompt.verify["must_contain"]) and parses(new)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
-from rich.table import Table
+from rich.table import Column, Table
 
 from soul.checks import CHECKS
 from soul.console import output, plain
@@ -30,8 +30,7 @@ def main(config: Config) -> int:
     _print_soul(soul)
     if config.reply is None:
         return 0
-    reply = read_text(config.reply)
-    found = run_checks(soul, [{"role": "assistant", "content": reply}])
+    found = run_checks(soul, [{"role": "assistant", "content": read_text(config.reply)}])
     for violation in found:
         start, end = violation.span
         output.print(plain(f"[{violation.principle}] {violation.check} at {start}:{end}: {violation.why}", "red"))
@@ -40,15 +39,12 @@ def main(config: Config) -> int:
 
 
 def _print_soul(soul: Soul) -> None:
-    words = len(soul.text.split())
-    output.print(plain(f"{soul.name}  {soul.version}  tools: {', '.join(soul.tools)}  {words} words in a prompt", "bold"))
-    table = Table(box=None, pad_edge=False)
-    for column in ("line", "id", "check", "principle"):
-        table.add_column(column, justify="right" if column == "line" else "left")
+    output.print(plain(f"{soul.name}  {soul.version}  tools: {', '.join(soul.tools)}  {len(soul.text.split())} words in a prompt", "bold"))
+    table = Table(Column("line", justify="right"), "id", "check", "principle", box=None, pad_edge=False)
     for principle in soul.principles:
         checks = "\n".join(f"{call}{'  (repaired)' if call.repair else ''}" for call in principle.checks)
-        checks = plain(checks) if checks else plain("unverified", "yellow")
-        table.add_row(str(principle.line), plain(principle.id), checks, plain(principle.text))
+        shown = plain(checks) if checks else plain("unverified", "yellow")
+        table.add_row(str(principle.line), plain(principle.id), shown, plain(principle.text))
     output.print(table)
     for name in sorted({call.name for principle in soul.principles for call in principle.checks}):
         output.print(plain(f"  {name}: {CHECKS[name].doc}", "dim"))

@@ -36,15 +36,11 @@ def phrase_pattern(phrases: tuple[str, ...]) -> re.Pattern:
     return re.compile("|".join(one(phrase) for phrase in phrases), re.IGNORECASE)
 
 
-def lowers(text: str) -> bool:
-    return any(character.lower() != character for character in text)
-
-
 @check("each")
 def lowercase_prose(reply: Reply):
     """prose has no capital letters, "I" included; code, paths and identifiers keep theirs"""
     for match in _WORD.finditer(reply.prose):
-        if lowers(match.group()):
+        if any(character.lower() != character for character in match.group()):
             yield match.span(), f'"{match.group():.30}" has a capital'
 
 

@@ -46,17 +46,10 @@ def progress(description: str, total: int | None = None, unit: str = "rows"):
     Where stderr is not a terminal (a log file), a plain line every half minute stands in for the bar.
     """
     bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-        console=console,
-        disable=not console.is_terminal,
-    )
+        TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
+        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
+        console=console, disable=not console.is_terminal,
+    )  # fmt: skip
     with bar:
         task = bar.add_task(description, total=total, rate="", note="")
         start, said = {}, time.monotonic()

@@ -8,6 +8,9 @@ string, because the token template carries raw strings (an `offset` of 40 is "40
 """
 
 import json
+import re
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 ROLES = ("system", "user", "assistant", "tool")
 Message = dict
@@ -54,6 +57,11 @@ def calls_of(message: Message) -> list[dict]:
     return message.get("tool_calls") or []
 
 
+def named_calls(message: Message) -> list[tuple[str, dict[str, str]]]:
+    """(name, arguments) of every call; raises ValueError as `arguments` does."""
+    return [(name_of(call), arguments(call)) for call in calls_of(message)]
+
+
 def validate(messages: list[Message]) -> list[str]:
     """Problems that keep `messages` from being rendered by the template, each naming the message; [] when it is sound."""
     problems = []
@@ -98,17 +106,15 @@ def canonical(messages: list[Message]) -> list[Message]:
 
 
 def _canonical_call(call: dict) -> dict:
-    function = call["function"]
-    args = function["arguments"]
+    args = call["function"]["arguments"]
     args = json.loads(args) if isinstance(args, str) else args
     if not isinstance(args, dict):
         raise ValueError("arguments are not a JSON object")
-    return call_from(function["name"], {key: _as_text(value) for key, value in args.items() if value is not None})
-
-
-def _as_text(value: object) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    texts = {
+        key: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False) for key, value in args.items() if value is not None
+    }
+    return call_from(name_of(call), texts)
 
 
 def _has_surrogate(text: str) -> bool:
-    return any("\ud800" <= character <= "\udfff" for character in text)
+    return not text.isascii() and _SURROGATE.search(text) is not None

@@ -19,27 +19,25 @@ def home() -> Path:
 @contextmanager
 def atomic_path(path: str | Path):
     """Yield a temporary path in the same directory; on success it is fsynced and renamed over `path`, on failure removed.
-
-    Raises:
-        UserError: when the disk is full or the directory cannot be written.
-    """
+    Raises UserError when the disk is full or the directory cannot be written."""
     path = Path(path)
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-        os.fchmod(handle, 0o666 & ~_umask())  # mkstemp's 0600 would make every output private
+        umask = os.umask(0)
+        os.umask(umask)
+        os.fchmod(handle, 0o666 & ~umask)  # mkstemp's 0600 would make every output private
         os.close(handle)
         yield Path(temporary)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        temporary = None
     except OSError as error:
         raise disk_error(error, path) from error
     finally:
-        if temporary is not None and os.path.exists(temporary):
-            os.unlink(temporary)
+        if temporary:
+            Path(temporary).unlink(missing_ok=True)
 
 
 def write_atomic(path: str | Path, data: str | bytes) -> None:
@@ -58,22 +56,15 @@ def disk_error(error: OSError, path: str | Path) -> UserError:
         return UserError("the disk is full", where=path, fix="Free some space and run the same command again; finished work is kept.")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return UserError("permission denied", where=path, fix="Choose a directory that you can write to.")
-    return UserError(error.strerror or str(error), where=path)
+    what = {errno.ENOENT: "no such file", errno.EISDIR: "is a directory, not a file"}.get(error.errno)
+    return UserError(what or error.strerror or str(error), where=path)
 
 
 def read_text(path: str | Path) -> str:
-    """The text of a UTF-8 file, without a byte-order mark.
-
-    Raises:
-        UserError: for a missing file, a directory, a binary file, or bytes that are not UTF-8 (naming the line).
-    """
-    path = Path(path)
+    """The text of a UTF-8 file, without a byte-order mark. Raises UserError for a missing file, a directory, a binary file,
+    or bytes that are not UTF-8 (naming the line)."""
     try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise UserError("no such file", where=path) from None
-    except IsADirectoryError:
-        raise UserError("is a directory, not a file", where=path) from None
+        data = Path(path).read_bytes()
     except OSError as error:
         raise disk_error(error, path) from error
     if b"\0" in data:
@@ -104,9 +95,3 @@ def canonical_json(value: object) -> str:
 
 def sha256_json(value: object) -> str:
     return hashlib.sha256(canonical_json(value).encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -61,12 +61,10 @@ class Check:
     def __call__(self, messages: list[dict], *, principle: str = "", **params) -> list[Violation]:
         if self.scope == "conversation":
             hits = islice(self.run(messages, **params), MAX_HITS)
-            return [Violation(principle, self.name, index, span, why) for index, span, why in hits]
-        found = []
-        for index in _in_scope(messages, self.scope):
-            hits = islice(self.run(reply_of(messages[index]), **params), MAX_HITS)
-            found += [Violation(principle, self.name, index, span, why) for span, why in hits]
-        return found
+        else:
+            runs = {index: self.run(reply_of(messages[index]), **params) for index in _in_scope(messages, self.scope)}
+            hits = ((index, *hit) for index, run in runs.items() for hit in islice(run, MAX_HITS))
+        return [Violation(principle, self.name, index, span, why) for index, span, why in hits]
 
     def bind(self, args: list, kwargs: dict) -> dict:
         """Parameters as `run` takes them; raises ValueError that says what the check takes. `f("a", "b")` is `f(["a", "b"])`."""

@@ -7,6 +7,7 @@ begins to fail; so repairing twice is the same as once, and what is counted as r
 import ast
 import re
 import warnings
+from collections.abc import Iterator
 
 from soul.checks import CHECKS, EMOJI, EXCLAMATION
 from soul.prose import CODE, fences, mask, sentences
@@ -90,21 +91,25 @@ REPAIRS = {
 }
 
 
+def _results(soul, messages: list[dict]) -> Iterator[tuple[str, int, str, list[Violation]]]:
+    """(principle, number of its check, check, violations) of every check, in the order of the SOUL."""
+    for principle in soul.principles:
+        for number, call in enumerate(principle.checks):
+            yield principle.id, number, call.name, CHECKS[call.name](messages, principle=principle.id, **call.params)
+
+
 def run_checks(soul, messages: list[dict]) -> list[Violation]:
     """Every violation of the soul's checked principles, in the order of the principles, then of the messages."""
-    pairs = [(principle.id, call) for principle in soul.principles for call in principle.checks]
-    return [violation for id, call in pairs for violation in CHECKS[call.name](messages, principle=id, **call.params)]
+    return [violation for *_, found in _results(soul, messages) for violation in found]
 
 
 def check_table(soul, messages: list[dict]) -> list[dict]:
     """One row per check that passes (message_index -1), and one per violation of a check that does not."""
     rows = []
-    for principle in soul.principles:
-        for call in principle.checks:
-            head = {"principle": principle.id, "check": call.name}
-            found = CHECKS[call.name](messages, principle=principle.id, **call.params)
-            places = [(v.message_index, *v.span, v.why) for v in found] or [(-1, 0, 0, "")]
-            rows += [head | {"ok": not found, "message_index": i, "start": start, "end": end, "why": why} for i, start, end, why in places]
+    for principle, _, check, found in _results(soul, messages):
+        head = {"principle": principle, "check": check, "ok": not found}
+        places = [(v.message_index, *v.span, v.why) for v in found] or [(-1, 0, 0, "")]
+        rows += [head | {"message_index": index, "start": start, "end": end, "why": why} for index, start, end, why in places]
     return rows
 
 
@@ -114,29 +119,22 @@ def repair(soul, messages: list[dict]) -> tuple[list[dict], list[str]]:
     Only the content of assistant messages changes. Ends because every repair kept makes the set of failing
     (principle, check, message) strictly smaller.
     """
-    messages, repaired = list(messages), set()
-    failing = _failing(soul, messages)
+    messages, repaired, failing, before = list(messages), set(), _failing(soul, messages), None
     calls = [(principle.id, number, call) for principle in soul.principles for number, call in enumerate(principle.checks) if call.repair]
-    progress = bool(failing)
-    while progress:
-        progress = False
-        for principle_id, number, call in calls:
+    while failing and failing != before:
+        before = failing
+        for principle, number, call in calls:
             for index in assistants(messages):
-                if (principle_id, number, index) not in failing:
+                if (principle, number, index) not in failing:
                     continue
                 attempt = [*messages]
                 attempt[index] = messages[index] | {"content": REPAIRS[call.name](messages[index].get("content") or "")}
                 after = _failing(soul, attempt)
-                if after < failing and (principle_id, number, index) not in after:
-                    messages, failing, progress = attempt, after, True
-                    repaired.add(principle_id)
+                if after < failing and (principle, number, index) not in after:
+                    messages, failing = attempt, after
+                    repaired.add(principle)
     return messages, sorted(repaired)
 
 
 def _failing(soul, messages: list[dict]) -> set[tuple[str, int, int]]:
-    return {
-        (principle.id, number, violation.message_index)
-        for principle in soul.principles
-        for number, call in enumerate(principle.checks)
-        for violation in CHECKS[call.name](messages, **call.params)
-    }
+    return {(principle, number, v.message_index) for principle, number, _, found in _results(soul, messages) for v in found}

@@ -1,16 +1,19 @@
 """Dataset rows: the Parquet files that are the contract between rooms.
 
 `sft` and `rejected` rows carry `messages`; `preference` rows carry `prompt`, `chosen` and `rejected`, each a list of
-messages (the last two hold only what follows the prompt). Every kind shares the provenance columns of `_COMMON`.
+messages (the last two hold only what follows the prompt); `docs` rows carry `text`, a document to pretrain on. Every kind
+shares the provenance columns.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
 from soul.errors import UserError
 from soul.files import atomic_path
 
-KINDS = ("sft", "preference", "rejected")
+KINDS = ("sft", "preference", "rejected", "docs")
 
 
 @cache
@@ -23,18 +26,9 @@ def schema(kind: str):
     messages = pa.list_(
         pa.struct([("role", text), ("content", text), ("tool_calls", pa.list_(pa.struct([("type", text), ("function", function)])))])
     )
-    check = pa.struct(
-        [
-            ("principle", text),
-            ("check", text),
-            ("ok", pa.bool_()),
-            ("message_index", pa.int32()),
-            ("start", pa.int32()),
-            ("end", pa.int32()),
-            ("why", text),
-        ]
-    )
-    body = [("prompt", messages), ("chosen", messages), ("rejected", messages)] if kind == "preference" else [("messages", messages)]
+    place = [("message_index", pa.int32()), ("start", pa.int32()), ("end", pa.int32())]
+    check = pa.struct([("principle", text), ("check", text), ("ok", pa.bool_()), *place, ("why", text)])
+    bodies = {"preference": [("prompt", messages), ("chosen", messages), ("rejected", messages)], "docs": [("text", text)]}
     common = [
         ("source", text),
         ("soul_hash", text),
@@ -44,9 +38,10 @@ def schema(kind: str):
         ("trail", pa.list_(pa.struct([("stage", text), ("text", text), ("key", text)]))),
         ("accepted", pa.bool_()),
         ("reason", text),
+        ("served", pa.list_(text)),
         ("files", pa.list_(pa.struct([("path", text), ("content", text)]))),
     ]
-    return pa.schema([("id", text), *body, *common], metadata={"soulsmith": kind})
+    return pa.schema([("id", text), *bodies.get(kind, [("messages", messages)]), *common], metadata={"soulsmith": kind})
 
 
 _DEFAULTS = {
@@ -58,29 +53,40 @@ _DEFAULTS = {
     "trail": [],
     "accepted": True,
     "reason": "",
+    "served": [],
     "files": [],
 }
 
 
 def write_rows(path: str | Path, rows: list[dict], kind: str) -> None:
     """Write `rows` atomically; columns that a row leaves out take their defaults, unknown ones raise ValueError."""
+    with row_writer(path, kind) as write:
+        write(rows)
+
+
+@contextmanager
+def row_writer(path: str | Path, kind: str) -> Iterator[Callable[[list[dict]], None]]:
+    """Like `write_rows`, for more rows than memory holds: each call of what it yields writes a row group. The file appears at the end."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     shape = schema(kind)
-    for row in rows:
-        if unknown := set(row) - set(shape.names):
-            raise ValueError(f"row {row.get('id')!r} has columns that {kind} rows do not have: {', '.join(sorted(unknown))}")
-    table = pa.Table.from_pylist([_DEFAULTS | row for row in rows], schema=shape)
-    with atomic_path(path) as temporary:
-        pq.write_table(table, temporary, compression="zstd")
+
+    def write(rows: list[dict]) -> None:
+        for row in rows:
+            if unknown := set(row) - set(shape.names):
+                raise ValueError(f"row {row.get('id')!r} has columns that {kind} rows do not have: {', '.join(sorted(unknown))}")
+        file.write_table(pa.Table.from_pylist([_DEFAULTS | row for row in rows], schema=shape))
+
+    with atomic_path(path) as temporary, pq.ParquetWriter(temporary, shape, compression="zstd") as file:
+        yield write
 
 
 def read_rows(path: str | Path) -> list[dict]:
     """Rows of a Parquet file written by `write_rows`, or of any chat-format Parquet file (missing columns take defaults).
 
     Raises:
-        UserError: for a missing file, one that is not Parquet, or one without `messages` or `prompt`/`chosen`/`rejected`.
+        UserError: for a missing file, one that is not Parquet, or one without `messages`, `prompt`/`chosen`/`rejected` or `text`.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -93,13 +99,14 @@ def read_rows(path: str | Path) -> list[dict]:
     except (pa.ArrowInvalid, OSError) as error:
         raise UserError(f"is not a readable Parquet file ({str(error).splitlines()[0][:80]})", where=path) from None
     columns = set(rows[0]) if rows else {"messages"}
-    if "messages" not in columns and not {"prompt", "chosen", "rejected"} <= columns:
-        raise UserError("has neither a `messages` column nor `prompt`, `chosen` and `rejected`", where=path)
+    if not any(wanted <= columns for wanted in ({"messages"}, {"prompt", "chosen", "rejected"}, {"id", "text"})):
+        raise UserError("has neither a `messages` column nor `prompt`, `chosen` and `rejected`, nor `id` and `text`", where=path)
     return [_DEFAULTS | {key: _clean(key, value) for key, value in row.items() if value is not None} for row in rows]
 
 
 def kind_of(rows: list[dict]) -> str:
-    return "preference" if rows and "chosen" in rows[0] else "sft"
+    columns = rows[0] if rows else ()
+    return next((kind for kind, column in (("preference", "chosen"), ("docs", "text")) if column in columns), "sft")
 
 
 def _clean(key: str, value: object) -> object:

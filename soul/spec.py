@@ -39,10 +39,6 @@ _FIELD = re.compile(r"""(?:"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'|[^;])+""")
 _KEYS = ("name", "version", "tools", "defaults")
 
 
-def _listed(value: object) -> list:
-    return value if isinstance(value, list) else [value]
-
-
 @dataclass(frozen=True)
 class CheckCall:
     """One check with its parameters, as annotated; `repair` says that its repair may be applied."""
@@ -53,7 +49,8 @@ class CheckCall:
     line: int
 
     def __str__(self) -> str:
-        shown = [str(item) if isinstance(item, int | float) else f'"{item}"' for value in self.params.values() for item in _listed(value)]
+        items = [item for value in self.params.values() for item in (value if isinstance(value, list) else [value])]
+        shown = [str(item) if isinstance(item, int | float) else f'"{item}"' for item in items]
         return self.name + (f"({', '.join(shown)})" if shown else "")
 
 
@@ -103,12 +100,8 @@ def load_soul(path: str | Path) -> Soul:
 
 
 def parse_soul(text: str, path: str = "SOUL.md") -> Soul:
-    """Parse the text of a SOUL.md.
-
-    Raises:
-        UserError: naming file and line, for broken front matter, an unknown or wrongly called check, an unknown annotation
-            key, a duplicate or malformed id, an unclosed comment, an empty file, or one in which no principle is found.
-    """
+    """Parse the text of a SOUL.md. Raises UserError, naming file and line, for broken front matter, an unknown or wrongly called
+    check, an unknown annotation key, a duplicate or malformed id, an unclosed comment, an empty file, or one without principles."""
     text = re.sub(r"\r\n?", "\n", text.removeprefix("\ufeff"))
     if not text.strip():
         raise UserError("is empty", where=path, fix="Write a name, a voice and a list of principles, or copy soul/SOUL.md.")
@@ -174,14 +167,11 @@ def _front_matter(text: str, path: str) -> tuple[dict, int]:
         raise UserError("the front matter is indented with a tab", where=f"{path}:{line}", fix="Use spaces.")
     try:
         loader = _Loader(source)
-        try:
-            node = loader.get_single_node()
-            if node is not None and not isinstance(node, yaml.MappingNode):
-                raise yaml.YAMLError("is not a list of `key: value`", 0)
-            for key, value in node.value if node else ():
-                settings[str(key.value)] = _setting(loader, key, value)
-        finally:
-            loader.dispose()
+        node = loader.get_single_node()
+        if node is not None and not isinstance(node, yaml.MappingNode):
+            raise yaml.YAMLError("is not a list of `key: value`", 0)
+        for key, value in node.value if node else ():
+            settings[str(key.value)] = _setting(loader, key, value)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
         own = len(error.args) == 2 and isinstance(error.args[1], int)

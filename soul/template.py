@@ -70,10 +70,7 @@ class Template:
 
     def encode(self, messages: list[dict], *, prompt: bool = False) -> Encoded:
         """Ids and loss mask of a whole conversation; `prompt=True` appends `<|assistant_start|>` for the model to go on.
-
-        Raises:
-            ValueError: when `messages` is not sound (see `conversation.validate`).
-        """
+        Raises ValueError when `messages` is not sound (see `conversation.validate`)."""
         if problems := conversation.validate(messages):
             raise ValueError("; ".join(problems))
         ids, mask = [self.id["<|bos|>"]], [0]
@@ -101,86 +98,85 @@ class Template:
 
     def parse(self, ids: list[int]) -> Parsed:
         """The conversation that `ids` render; never raises, faults are listed."""
-        messages, problems, position = [], [], 0
-        if not ids or self.token.get(ids[0]) != "<|bos|>":
-            problems.append("does not begin with <|bos|>")
-        else:
-            position = 1
-        while position < len(ids):
-            start = self.token.get(ids[position])
+        reader, messages = _Reader(self, ids), []
+        problems = [] if reader.take("<|bos|>") else ["does not begin with <|bos|>"]
+        while (start := reader.token) is not None:
+            reader.position += 1
             if start not in _STARTS:
                 problems.append(f"{start or 'text'} between turns")
-                position += 1
                 continue
-            role, end = _STARTS[start]
-            message, faults, position = self._parse_turn(ids, position + 1, role, end)
-            messages.append(message)
-            problems += [f"message {len(messages) - 1}: {fault}" for fault in faults]
+            reader.problems = []
+            messages.append(reader.turn(*_STARTS[start]))
+            problems += [f"message {len(messages) - 1}: {fault}" for fault in reader.problems]
         return Parsed(messages, problems)
 
     def parse_reply(self, ids: list[int]) -> Parsed:
         """The one assistant message generated after `<|assistant_start|>`, end token included. Besides syntax, calls are
         held against the tool specs, so `problems == []` means every call may be executed as it stands."""
-        message, problems, position = self._parse_turn(ids, 0, "assistant", "<|assistant_end|>")
-        if position < len(ids):
-            problems.append("goes on after its end")
-        for call in conversation.calls_of(message):
-            if fault := tools.problem(conversation.name_of(call), conversation.arguments(call)):
-                problems.append(fault)
-        return Parsed([message], problems)
+        reader = _Reader(self, ids)
+        message = reader.turn("assistant", "<|assistant_end|>")
+        if reader.token is not None:
+            reader.problems.append("goes on after its end")
+        faults = [tools.problem(name, args) for name, args in conversation.named_calls(message)]
+        return Parsed([message], reader.problems + [fault for fault in faults if fault])
 
-    def _parse_turn(self, ids: list[int], position: int, role: str, end: str) -> tuple[dict, list[str], int]:
-        """Read one turn's body from `position`; gives (message, faults, position after the turn)."""
-        problems: list[str] = []
-        text, position = self._text(ids, position, problems)
-        calls = []
-        while position < len(ids):
-            token = self.token.get(ids[position])
-            if token == end:
-                break
-            if token == "<|tool_call_start|>" and role == "assistant":
-                call, position = self._parse_call(ids, position + 1, problems)
-                calls.append(call)
-                if position < len(ids) and ids[position] not in self.token:
-                    problems.append("text after a call")
-                    _, position = self._text(ids, position, problems)
-            elif token in _STARTS:  # the next turn begins: this one was never closed
-                problems.append(f"{end} is missing")
-                return _message(role, text, calls), problems, position
+
+class _Reader:
+    """A place in ids, and the faults met on the way to it."""
+
+    def __init__(self, template: Template, ids: list[int]):
+        self.template, self.ids, self.position = template, ids, 0
+        self.problems: list[str] = []
+
+    @property
+    def token(self) -> str | None:
+        """The control token here, "" for ordinary text, None at the end."""
+        return self.template.token.get(self.ids[self.position], "") if self.position < len(self.ids) else None
+
+    def take(self, token: str) -> bool:
+        """Whether `token` stands here; then the place is behind it."""
+        found = self.token == token
+        self.position += found
+        return found
+
+    def turn(self, role: str, end: str) -> dict:
+        """One turn's message, from behind its start token to behind `end`, or to where the next turn begins."""
+        text, calls = self.text(), []
+        while not (closed := self.take(end)) and self.token is not None and self.token not in _STARTS:
+            if role == "assistant" and self.take("<|tool_call_start|>"):
+                calls.append(self.call())
+                if self.token == "":
+                    self.problems.append("text after a call")
             else:
-                problems.append(f"{token} in a wrong place")
-                _, position = self._text(ids, position + 1, problems)
-        if position >= len(ids):
-            problems.append(f"{end} is missing")
-        return _message(role, text, calls), problems, position + 1
+                self.problems.append(f"{self.token} in a wrong place")
+                self.position += 1
+            self.text()
+        if not closed:
+            self.problems.append(f"{end} is missing")
+        return conversation.assistant(text, *calls) if role == "assistant" else {"role": role, "content": text}
 
-    def _parse_call(self, ids: list[int], position: int, problems: list[str]) -> tuple[dict, int]:
-        name, position = self._text(ids, position, problems)
-        args: dict[str, str] = {}
-        while position < len(ids) and self.token.get(ids[position]) == "<|tool_arg|>":
-            key, position = self._text(ids, position + 1, problems)
-            if position >= len(ids) or self.token.get(ids[position]) != "<|tool_val|>":
-                problems.append(f"argument {key} of {name} has no <|tool_val|>")
+    def call(self) -> dict:
+        name, args = self.text(), {}
+        while self.take("<|tool_arg|>"):
+            key = self.text()
+            if not self.take("<|tool_val|>"):
+                self.problems.append(f"argument {key} of {name} has no <|tool_val|>")
                 continue
             if key in args:
-                problems.append(f"argument {key} of {name} is given twice")
-            args[key], position = self._text(ids, position + 1, problems)
-        if position < len(ids) and self.token.get(ids[position]) == "<|tool_call_end|>":
-            return conversation.call_from(name, args), position + 1
-        problems.append(f"call of {name} has no <|tool_call_end|>")
-        return conversation.call_from(name, args), position
+                self.problems.append(f"argument {key} of {name} is given twice")
+            args[key] = self.text()
+        if not self.take("<|tool_call_end|>"):
+            self.problems.append(f"call of {name} has no <|tool_call_end|>")
+        return conversation.call_from(name, args)
 
-    def _text(self, ids: list[int], position: int, problems: list[str]) -> tuple[str, int]:
-        """The longest run of ordinary tokens from `position`, decoded as a whole (a character may span tokens)."""
-        end = position
-        while end < len(ids) and ids[end] not in self.token:
-            end += 1
+    def text(self) -> str:
+        """The longest run of ordinary tokens, decoded as a whole (a character may span tokens)."""
+        start = self.position
+        while self.token == "":
+            self.position += 1
+        data = self.template.tokenizer.decode_bytes(self.ids[start : self.position])
         try:
-            return self.tokenizer.decode_bytes(ids[position:end]).decode("utf-8"), end
+            return data.decode("utf-8")
         except UnicodeDecodeError:
-            problems.append("text is not UTF-8")
-            return self.tokenizer.decode_bytes(ids[position:end]).decode("utf-8", "replace"), end
-
-
-def _message(role: str, text: str, calls: list[dict]) -> dict:
-    return conversation.assistant(text, *calls) if role == "assistant" else {"role": role, "content": text}
+            self.problems.append("text is not UTF-8")
+            return data.decode("utf-8", "replace")

@@ -19,49 +19,30 @@ class ToolSpec:
     params: tuple[Param, ...]
 
 
-TOOLS: dict[str, ToolSpec] = {
-    spec.name: spec
-    for spec in (
-        ToolSpec(
-            "Read",
-            "read a file with line numbers",
-            (
-                Param("file_path", "file to read", required=True),
-                Param("offset", "first line, from 1", type="integer"),
-                Param("limit", "number of lines", type="integer"),
-            ),
-        ),
-        ToolSpec(
-            "Edit",
-            "replace old_string, which must occur exactly once, by new_string; without old_string, create the file",
-            (
-                Param("file_path", "file to change", required=True),
-                Param("old_string", "text to replace, exactly as in the file"),
-                Param("new_string", "text to put there", required=True),
-                Param("replace_all", "true: replace every occurrence", type="boolean"),
-            ),
-        ),
-        ToolSpec(
-            "Grep",
-            "search files for a regular expression",
-            (
-                Param("pattern", "regular expression", required=True),
-                Param("path", "file or directory, default ."),
-                Param("-A", "lines to show after a match", type="integer"),
-                Param("-B", "lines to show before a match", type="integer"),
-                Param("mode", "content, files or count"),
-            ),
-        ),
-        ToolSpec(
-            "Bash",
-            "run a shell command",
-            (
-                Param("command", "the command", required=True),
-                Param("timeout", "seconds", type="integer"),
-            ),
-        ),
-    )
-}
+TOOLS: dict[str, ToolSpec] = {spec.name: spec for spec in (
+    ToolSpec("Read", "read a file with line numbers", (
+        Param("file_path", "file to read", required=True),
+        Param("offset", "first line, from 1", type="integer"),
+        Param("limit", "number of lines", type="integer"),
+    )),
+    ToolSpec("Edit", "replace old_string, which must occur exactly once, by new_string; without old_string, create the file", (
+        Param("file_path", "file to change", required=True),
+        Param("old_string", "text to replace, exactly as in the file"),
+        Param("new_string", "text to put there", required=True),
+        Param("replace_all", "true: replace every occurrence", type="boolean"),
+    )),
+    ToolSpec("Grep", "search files for a regular expression", (
+        Param("pattern", "regular expression", required=True),
+        Param("path", "file or directory, default ."),
+        Param("-A", "lines to show after a match", type="integer"),
+        Param("-B", "lines to show before a match", type="integer"),
+        Param("mode", "content, files or count"),
+    )),
+    ToolSpec("Bash", "run a shell command", (
+        Param("command", "the command", required=True),
+        Param("timeout", "seconds", type="integer"),
+    )),
+)}  # fmt: skip
 
 
 def problem(name: str, args: dict[str, str]) -> str | None:
@@ -79,27 +60,15 @@ def problem(name: str, args: dict[str, str]) -> str | None:
             return f"{name}: {key} must be a whole number"
         if params[key].type == "boolean" and value.strip().lower() not in ("true", "false"):
             return f"{name}: {key} must be true or false"
-    for param in spec.params:
-        if param.required and param.name not in args:
-            return f"{name} needs {param.name}"
-    return None
+    return next((f"{name} needs {param.name}" for param in spec.params if param.required and param.name not in args), None)
 
 
 def openai_schema(names: tuple[str, ...] | None = None) -> list[dict]:
     """The specs as the `tools` of an OpenAI-compatible request (and of chat templates that take tools)."""
-    return [
-        {
-            "type": "function",
-            "function": {
-                "name": spec.name,
-                "description": spec.doc,
-                "parameters": {
-                    "type": "object",
-                    "properties": {param.name: {"type": param.type, "description": param.doc} for param in spec.params},
-                    "required": [param.name for param in spec.params if param.required],
-                },
-            },
-        }
-        for name, spec in TOOLS.items()
-        if names is None or name in names
-    ]
+
+    def schema(spec: ToolSpec) -> dict:
+        properties = {param.name: {"type": param.type, "description": param.doc} for param in spec.params}
+        parameters = {"type": "object", "properties": properties, "required": [param.name for param in spec.params if param.required]}
+        return {"type": "function", "function": {"name": spec.name, "description": spec.doc, "parameters": parameters}}
+
+    return [schema(spec) for name, spec in TOOLS.items() if names is None or name in names]

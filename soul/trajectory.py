@@ -41,7 +41,8 @@ def read_before_edit(messages: list[dict]):
         for name, args, _ in calls:
             if name == "Edit" and args.get("old_string") and _path(args) not in known:
                 yield index, (0, 0), f"edits {_path(args):.60} without reading it first"
-        known |= {_path(args) for name, args, result in calls if _opens(name, args) and not result.startswith(_REFUSED)}
+        opened = [(args, result) for name, args, result in calls if name == "Read" or (name == "Edit" and not args.get("old_string"))]
+        known |= {_path(args) for args, result in opened if not result.startswith(_REFUSED)}
 
 
 @check("conversation")
@@ -66,10 +67,6 @@ def no_repeated_call(messages: list[dict]):
 
 def _path(args: dict[str, str]) -> str:
     return posixpath.normpath(args.get("file_path", "").strip() or ".")
-
-
-def _opens(name: str, args: dict[str, str]) -> bool:
-    return name == "Read" or (name == "Edit" and not args.get("old_string"))
 
 
 def _turns(messages: list[dict]):

@@ -10,6 +10,7 @@ import os
 import re
 import stat
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 from soul.errors import UserError
@@ -31,11 +32,8 @@ BOM = "\ufeff"
 
 
 def load(root: Path, real: Path) -> tuple[bytes, os.stat_result]:
-    """The bytes of a regular file. Never blocks on a FIFO or device, never follows a symlink.
-
-    Raises:
-        ToolError: missing (with near names), a directory (with its listing), not a regular file, too large, unreadable.
-    """
+    """The bytes of a regular file. Never blocks on a FIFO or device, never follows a symlink. Raises ToolError: missing (with
+    near names), a directory (with its listing), not a regular file, too large, unreadable."""
     name = relative(root, real)
     try:
         handle = os.open(real, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -91,8 +89,14 @@ def clip_line(line: str, most: int = MAX_LINE_CHARS) -> str:
     return line if len(line) <= most else f"{line[:most]} [{len(line) - most} more characters]"
 
 
-def numbered(lines: list[str], first: int) -> str:
-    return "\n".join(f"{number:>5}→{clip_line(line)}" for number, line in enumerate(lines, first))
+def numbered(lines: list[str], first: int) -> list[str]:
+    return [f"{number:>5}→{clip_line(line)}" for number, line in enumerate(lines, first)]
+
+
+def fitting(lines: list[str], budget: int) -> list[str]:
+    """The first of `lines` that `budget` characters hold with a footer; one at least."""
+    ends = accumulate(len(line) + 1 for line in lines)
+    return lines[:1] + [line for line, end in list(zip(lines, ends))[1:] if end <= budget - FOOTER_CHARS]
 
 
 def read(root: Path, seen: dict[Path, str], args: dict[str, str], budget: int) -> str:
@@ -109,17 +113,10 @@ def read(root: Path, seen: dict[Path, str], args: dict[str, str], budget: int) -
     seen[real] = digest(data)
     if not lines:
         return "(empty file)"
-    shown, used = [], 0
-    for line in lines[offset - 1 : offset - 1 + limit]:
-        used += len(clip_line(line)) + 7  # the number, the arrow and the line end
-        if shown and used > budget - FOOTER_CHARS:
-            break
-        shown.append(line)
+    shown = fitting(numbered(lines[offset - 1 : offset - 1 + limit], offset), budget)
     last = offset + len(shown) - 1
-    text = numbered(shown, offset)
-    if last < len(lines):
-        return f"{text}\n[lines {offset}-{last} of {len(lines)}; continue with offset={last + 1}]"
-    return f"{text}\n[lines {offset}-{last} of {len(lines)}]" if offset > 1 else text
+    more = f"; continue with offset={last + 1}" if last < len(lines) else ""
+    return "\n".join([*shown, f"[lines {offset}-{last} of {len(lines)}{more}]"] if more or offset > 1 else shown)
 
 
 # --- Edit
@@ -212,7 +209,7 @@ def _line_at(text: str, position: int) -> int:
 def _window(text: str, first: int, last: int) -> str:
     lines = lines_of(text)
     start, end = max(1, first - CONTEXT_LINES), min(len(lines), last + CONTEXT_LINES)
-    shown = numbered(lines[start - 1 : min(end, start + WINDOW_LINES - 1)], start)
+    shown = "\n".join(numbered(lines[start - 1 : min(end, start + WINDOW_LINES - 1)], start))
     return shown if end - start < WINDOW_LINES else f"{shown}\n[{end - start - WINDOW_LINES + 1} more lines]"
 
 
@@ -226,7 +223,7 @@ def _no_match(name: str, text: str, old: str, new: str) -> str:
     near = lines[start : start + len(wanted)] if start is not None else []
     cause = _cause(text, old, new, list(zip(wanted, near, strict=False)) if same else [])
     message = f"old_string not found in {name}" + (f"; {cause}" if cause else "")
-    return f"{message}; nearest lines:\n{numbered(near[:NEAREST_LINES], start + 1)}" if near else message
+    return "\n".join([f"{message}; nearest lines:", *numbered(near[:NEAREST_LINES], start + 1)]) if near else message
 
 
 def _nearest(lines: list[str], wanted: list[str]) -> tuple[int | None, bool]:

@@ -7,7 +7,7 @@ import sys
 import warnings
 from pathlib import Path
 
-from workspace.files import FOOTER_CHARS, clip_line, lines_of, load
+from workspace.files import clip_line, fitting, lines_of, load
 from workspace.paths import ToolError, missing, relative, resolve, walk
 
 MAX_FILES = 5000
@@ -105,11 +105,6 @@ def _groups(name: str, lines: list[str], at: list[int], before: int, after: int)
 
 
 def _capped(output: list[str], budget: int) -> str:
-    kept, used = [], 0
-    for line in output[:MAX_OUTPUT_LINES]:
-        used += len(line) + 1
-        if kept and used > budget - FOOTER_CHARS:
-            break
-        kept.append(line)
+    kept = fitting(output[:MAX_OUTPUT_LINES], budget)
     left = len(output) - len(kept)
-    return "\n".join(kept) + (f"\n[{left} more lines; narrow the pattern or the path]" if left else "")
+    return "\n".join([*kept, f"[{left} more lines; narrow the pattern or the path]"] if left else kept)

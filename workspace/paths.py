@@ -20,10 +20,7 @@ class ToolError(Exception):
 
 def resolve(root: Path, path: str) -> Path:
     """The real path of `path`, relative to or absolute inside `root` (itself a real path); it need not exist.
-
-    Raises:
-        ToolError: for an empty path, a NUL, a symlink loop, or anything that leads outside the workspace.
-    """
+    Raises ToolError for an empty path, a NUL, a symlink loop, or anything that leads outside the workspace."""
     if not path:
         raise ToolError("the path is empty")
     if "\0" in path:

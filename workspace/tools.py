@@ -16,12 +16,8 @@ REJECTED = "rejected by user"
 class Workspace:
     """One directory and what has been read in it. The same calls on the same files give the same bytes anywhere.
 
-    Args:
-        root: the directory that the tools may touch.
-        bash_timeout: seconds a command may run when the call names none.
-        max_result_chars: about the most that one result may hold.
-        env: additions to the environment of commands.
-    """
+    `bash_timeout`: seconds a command may run when the call names none. `max_result_chars`: about the most that one result may
+    hold. `env`: additions to the environment of commands."""
 
     def __init__(self, root: str | Path, *, bash_timeout: int = 30, max_result_chars: int = 8000, env: dict[str, str] | None = None):
         self.root = Path(root).resolve()
@@ -59,8 +55,18 @@ class Workspace:
         except (ToolError, OSError) as error:
             return f"error: {error}"
         before, after = (data.decode("utf-8").split("\n") for data in (change.before, change.after))
-        diff = difflib.unified_diff(before if change.before else [], after, "before", "after", lineterm="")
-        return "\n".join(diff)
+        return "\n".join(difflib.unified_diff(before if change.before else [], after, "before", "after", lineterm=""))
+
+
+def make_workspace(files: dict[str, str], root: str | Path, **options) -> Workspace:
+    """A workspace in `root` that holds `files`, byte for byte. Raises UserError for a name that leads outside."""
+    for name, text in files.items():
+        path = Path(root, name).resolve()
+        if not path.is_relative_to(Path(root).resolve()):
+            raise UserError("lies outside its workspace", where=name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8", newline="")
+    return Workspace(root, **options)
 
 
 def clip(text: str, most: int) -> str:

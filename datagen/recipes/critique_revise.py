@@ -14,8 +14,8 @@ from typing import Literal
 from datagen.critique import Finding, ask_critic, gives_itself_away, refuses, strays
 from datagen.engine import Recipe
 from datagen.prompting import Prompts
+from datagen.recipes.common import Workings
 from datagen.seeds import Seed
-from soul import conversation
 from soul.errors import UserError
 from soul.spec import Soul, check_table, repair
 
@@ -84,8 +84,10 @@ def critique_revise(options: CritiqueRevise, soul: Soul, prompts: Prompts) -> Re
         UserError: when neither a check nor the critic could find a fault.
     """
     if options.critic == "checks" and not soul.verified:
-        fix = "Use --recipe.critic teacher."
-        raise UserError("no principle has a check, so with --recipe.critic checks nothing would be verified", where=soul.path, fix=fix)
+        fix = "Use --critique-revise.critic teacher."
+        raise UserError(
+            "no principle has a check, so with --critique-revise.critic checks nothing would be verified", where=soul.path, fix=fix
+        )
 
     async def recipe(seed: Seed, call: Callable) -> list:
         return await _Row(options, soul, prompts, seed, call).run()
@@ -93,19 +95,15 @@ def critique_revise(options: CritiqueRevise, soul: Soul, prompts: Prompts) -> Re
     return recipe
 
 
-class _Row:
+class _Row(Workings):
     def __init__(self, options: CritiqueRevise, soul: Soul, prompts: Prompts, seed: Seed, call: Callable):
-        self.options, self.soul, self.prompts, self.seed, self.call = options, soul, prompts, seed, call
-        self.history, _ = repair(soul, seed.messages)
-        self.request = transcript(self.history)
-        self.principles = {principle.id: principle for principle in soul.principles}
-        self.trail: list[dict] = []
-        self.drafted = ""
+        super().__init__(soul, prompts, seed, call)
+        self.options, self.drafted = options, ""
 
     async def run(self) -> list:
         drafts, why = await self.drafts()
         if not drafts:
-            return [["rejected", self.row([], messages=self.history, accepted=False, reason=f"draft: {why}")]]
+            return self.rejected(f"draft: {why}")
         self.drafted = "\n".join(draft.text for draft in drafts)
         versions = [min(drafts, key=lambda draft: draft.faults)]
         for number in range(self.options.rounds):
@@ -127,7 +125,7 @@ class _Row:
 
     async def drafts(self) -> tuple[list[Version], str]:
         """The drafts that can go on, and why the last of the others cannot."""
-        prompt = joined(self.prompts.render("generate", soul=self.soul.text if self.options.draft_soul else ""), self.history)
+        prompt = self.opening(self.options.draft_soul)
         replies = await asyncio.gather(*(self.call("draft", prompt, replicate=number) for number in range(self.options.samples)))
         drafts, why = [], ""
         for reply in replies:
@@ -186,47 +184,25 @@ class _Row:
             kept = [version for version in versions if self.clean(version) or (version is not versions[0] and not version.failed)]
         if not kept:
             verdict = {"accepted": False, "reason": last.why_not()}
-            return [["rejected", self.row(versions, messages=self.said(last.final), checks=last.checks, **verdict)]]
+            return [["rejected", self.row(broken_by(versions), messages=self.said(last.final), checks=last.checks, **verdict)]]
         rows = []
         for number, version in enumerate(kept):
             name = self.seed.id + f"-{number}" * (len(kept) > 1)
-            so_far = versions[: versions.index(version) + 1]
+            so_far = broken_by(versions[: versions.index(version) + 1])
             rows.append(["sft", self.row(so_far, id=name, messages=self.said(version.final), checks=version.checks)])
-        if self.clean(last) and (pair := self.pair(drafts, versions[0], last)):
-            rows.append(["preference", pair])
-        return rows
+        return [*rows, *self.paired(drafts, versions[0], last)]
 
-    def pair(self, drafts: list[Version], first: Version, last: Version) -> dict | None:
-        """The draft that broke most against the clean final; None unless they differ on a principle."""
+    def paired(self, drafts: list[Version], first: Version, last: Version) -> list:
+        """The draft that broke most against the clean final; no pair unless they differ on a principle."""
+        if not self.clean(last):
+            return self.no_pair("the last version still has faults")
         worst = max((draft for draft in drafts if not draft.cut), key=lambda draft: (len(draft.broken), draft is first), default=None)
-        if worst is None or not worst.broken or worst.text == last.final:
-            return None
-        sides = {"chosen": [conversation.assistant(last.final)], "rejected": [conversation.assistant(worst.text)]}
-        return self.row([worst], prompt=self.history, **sides, checks=last.checks)
-
-    def row(self, versions: list[Version], **columns) -> dict:
-        """A row whose principles are those that `versions` broke."""
-        broken = set().union(*(version.broken for version in versions))
-        touched = [name for name in self.principles if name in broken]
-        head = {"id": self.seed.id, "source": self.seed.source, "soul_hash": self.soul.hash, "principles": touched, "trail": self.trail}
-        return head | {"accepted": True, "reason": ""} | columns
-
-    def said(self, text: str) -> list[dict]:
-        return [*self.history, conversation.assistant(text)]
-
-    def note(self, stage: str, text: str, key: str = "") -> None:
-        self.trail.append({"stage": stage, "text": text, "key": key})
+        if worst is None or not worst.broken:
+            return self.no_pair("every draft was cut off" if worst is None else "no fault in any draft")
+        if worst.text == last.final:
+            return self.no_pair("the revision equals the draft")
+        return [self.pair(last, worst.text, worst.broken)]
 
 
-def joined(prompt: list[dict], history: list[dict]) -> list[dict]:
-    """`prompt`, then the conversation; two system messages become one, since some routes accept no second."""
-    if prompt and history[0]["role"] == "system":
-        return [conversation.system(f"{prompt[0]['content']}\n\n{history[0]['content']}"), *history[1:]]
-    return [*prompt, *history]
-
-
-def transcript(messages: list[dict]) -> str:
-    """The request as a teacher reads it: the user's text alone, or the whole conversation when there is more."""
-    if len(messages) == 1:
-        return messages[0]["content"]
-    return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
+def broken_by(versions: list[Version]) -> set[str]:
+    return set().union(*(version.broken for version in versions))

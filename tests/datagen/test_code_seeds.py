@@ -122,6 +122,7 @@ def test_chat_seeds_are_varied_and_depend_on_the_seed_alone(stdlib):
     train, _ = split(stdlib)
     seeds = chat_seeds(train, 120, seed=3)
     assert seeds == chat_seeds(train, 120, seed=3) != chat_seeds(train, 120, seed=4)
+    assert chat_seeds([], 5) == []  # code without a docstring that begins with a verb
     assert len({row["prompt"] for row in seeds}) == 120
     assert len({row["source"] for row in seeds}) > 40
     assert {"id", "prompt", "source"} == set(seeds[0])

@@ -193,6 +193,32 @@ def test_two_clean_drafts_are_no_pair():
     assert set(rows) == {"sft"}
 
 
+@pytest.mark.parametrize(
+    "script, options, why",
+    [
+        (dict(draft=["fine."]), {}, "no fault in any draft"),
+        (dict(draft=["fine as ever."], critique=[COLD, OK], revise=["fine as ever."]), {}, "the revision equals the draft"),
+        (dict(draft=[("truncated", "a cut")]), {}, "every draft was cut off"),
+        (dict(draft=[LONG], critique=[OK, COLD]), {"keep": "all"}, "the last version still has faults"),
+    ],
+)
+def test_no_pair_is_made_and_the_reason_kept(script, options, why):
+    rows, _ = make(Script(**script), **options)
+    assert set(rows) == {"sft"}
+    assert [step["text"] for step in rows["sft"]["trail"] if step["stage"] == "no-pair"] == [why]
+
+
+def test_a_preamble_is_no_first_reply_but_talk_of_replies_is():
+    for text in ("Sure! Here's the reply:\nhi.", "here is my lowercase response to the user: hi", "Here's a reply that is short: hi"):
+        assert gives_itself_away(text, "what is a tuple?") == "has a preamble"
+    for text in ("here's the response object: it holds the body.", "here is how you reply: use send.", "the reply arrives late."):
+        assert gives_itself_away(text, "how do i send?") == ""
+    rows, _ = make(Script(draft=[LONG], revise=["Here is the reply: hi."]))
+    assert rows["rejected"]["reason"] == "checks: short" and "revise-has-a-preamble" in [
+        step["stage"] for step in rows["rejected"]["trail"]
+    ]
+
+
 def test_keep_last_best_and_all_differ():
     bad = f"{LONG} {LONG}"
     script = dict(draft=[LONG], revise=["hm.", f"hm, {bad}", "fine."], critique=[OK, COLD, COLD, OK])
@@ -258,6 +284,11 @@ def test_critiques_are_read_however_they_are_wrapped(text):
 def test_invented_principles_and_quotes_are_dropped():
     assert parse_critique(COLD, "well, hm.", ["other"]) == []
     assert parse_critique(COLD, "other words", ["warm"])[0].quote == ""
+
+
+def test_lone_surrogates_in_a_critique_go_no_further():
+    [finding] = parse_critique(COLD.replace("it is cold", r"it is \ud800 cold"), "well, hm.", ["warm"])
+    assert finding.why == "it is ? cold"
 
 
 @pytest.mark.parametrize("text", ["", "no", "[]", "[1, 2]", '[{"principle": "warm"}]', "[" * 5000, '{"verdict"'])

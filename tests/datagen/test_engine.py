@@ -2,13 +2,15 @@
 
 import asyncio
 import json
+import tracemalloc
 
 import pytest
-from fake_teacher import Clock, FakeTeacher, answer, completion
+from fake_teacher import Clock, FakeTeacher, answer, completion, in_virtual_time, loop_time
 
-from datagen.engine import BARREN, Engine, Policy
+from datagen.engine import Engine, Policy
 from datagen.journal import Journal
 from datagen.seeds import Seed
+from datagen.service import BARREN
 from datagen.wire import Answer
 from soul.errors import UserError
 
@@ -282,9 +284,146 @@ def test_a_row_that_breaks_the_recipe_is_rejected_and_a_broken_recipe_stops(tmp_
         run(tmp_path / "b", FakeTeacher(), count=100, recipe=broken)
 
 
+@pytest.mark.parametrize("result", [[["sft", {"x": {1}}]], [["sft", {"x": float("nan")}]], [["sft", {"x": "\ud800"}]], "no rows", None])
+def test_a_result_that_cannot_be_kept_is_a_failed_row(tmp_path, result):
+    async def recipe(seed, call):
+        return result if seed.id == "row3" else await one_call(seed, call)
+
+    _, _, rows = run(tmp_path, FakeTeacher(), recipe=recipe)
+    assert rows["row3"][0] == "failed" and rows["row3"][1][0][1]["reason"].startswith("error: ") and len(rows) == 8
+
+
+def test_half_characters_from_a_teacher_harm_nobody(tmp_path):
+    half = "\ud800"
+    said = answer(completion(f"half {half}", model=f"m{half}", provider=f"p{half}"))
+    _, _, rows = run(tmp_path, FakeTeacher(lambda body, n: said), policy=Policy(concurrency=4, allow_mixed=True))
+    assert len(rows) == 8
+
+
 def test_full_disk_stops_the_run_with_one_line(tmp_path):
     def fill(engine):
         engine.journal._db.execute(f"PRAGMA max_page_count = {engine.journal._one('PRAGMA page_count')[0] + 2}")
 
     with pytest.raises(UserError, match="the disk is full"):
         run(tmp_path, FakeTeacher(lambda body, n: "x" * 3000), count=50, prepare=fill)
+
+
+def in_virtual_run(folder, teacher, count, policy, prepare=lambda engine: None):
+    """(engine, virtual seconds); the journal does not wait for the disk."""
+    journal = Journal(folder)
+    journal._db.execute("PRAGMA synchronous = OFF")
+    clocks = {"clock": loop_time, "wall": loop_time}
+
+    async def go():
+        engine = Engine(teacher, journal, "run", SAMPLING, policy, **clocks)
+        prepare(engine)
+        assert await engine.run(seeds(count), one_call)
+        return engine, loop_time()
+
+    try:
+        return in_virtual_time(go())
+    finally:
+        journal.close()
+
+
+def test_one_failure_in_a_hundred_costs_next_to_no_time(tmp_path):
+    """10,000 rows because that is where a serial tail of retries shows (it would take 100 s here): about 4 s."""
+    total = [0.0]
+
+    async def reply(body, n):
+        number = int(body["messages"][0]["content"][1:])
+        seconds = 0.5 + (number * 7919 % 1000) / 1000
+        total[0] += seconds
+        await asyncio.sleep(seconds)
+        return answer("", 500) if number % 100 == 0 and n == 1 else "fine"
+
+    engine, wall = in_virtual_run(tmp_path, FakeTeacher(reply), 10_000, Policy(concurrency=100))
+    assert engine.outcomes == {"ok": 10_000, "transient": 100}
+    assert wall < 1.1 * total[0] / 100
+
+
+def test_rows_that_back_off_leave_their_slots_to_others(tmp_path):
+    """Half of the first calls fail and wait 10 to 30 s; the other rows are done meanwhile."""
+
+    async def reply(body, n):
+        await asyncio.sleep(1)
+        return answer("", 500) if int(body["messages"][0]["content"][1:]) % 2 and n == 1 else "fine"
+
+    _, wall = in_virtual_run(tmp_path, FakeTeacher(reply), 16, Policy(concurrency=8, backoff=20.0))
+    assert wall < 35
+
+
+def test_a_server_that_says_when_to_come_back_is_left_alone_until_then(tmp_path):
+    times = []
+
+    async def reply(body, n):
+        times.append(loop_time())
+        return answer("", 503, retry_after="30") if len(times) == 1 else "fine"
+
+    in_virtual_run(tmp_path, FakeTeacher(reply), 12, Policy(concurrency=1))
+    assert times[0] < 1 and min(times[1:]) == pytest.approx(30, abs=0.1)
+
+
+def test_requests_a_minute_are_bounded(tmp_path):
+    times = []
+
+    async def reply(body, n):
+        times.append(loop_time())
+        return "fine"
+
+    _, wall = in_virtual_run(tmp_path, FakeTeacher(reply), 300, Policy(concurrency=50, rpm=100))
+    assert max(sum(start <= t < start + 59 for t in times) for start in times) <= 100 and wall < 190
+
+
+def test_a_call_that_can_never_fit_the_tokens_a_minute_stops_the_run(tmp_path):
+    with pytest.raises(UserError, match="--tpm allows 150 a minute"):
+        run(tmp_path, FakeTeacher(), policy=Policy(concurrency=4, tpm=150))
+
+
+def test_the_snapshot_shows_where_the_run_stands(tmp_path):
+    engines, seen = [], []
+
+    async def reply(body, n):
+        await asyncio.sleep(1)
+        seen.append(engines[0].snapshot())
+        return answer(LIMIT, 429) if len(seen) == 1 else answer(completion("")) if '"q3"' in json.dumps(body) else "fine"
+
+    engine, _ = in_virtual_run(tmp_path, FakeTeacher(reply), 12, Policy(concurrency=4, attempts=2), engines.append)
+    assert seen[0]["in_flight"] == {"teacher": 4} and seen[-1]["limit"] == {"teacher": 3} and seen[1]["limit"] == {"teacher": 3}
+    last = engine.snapshot()
+    assert {name: last[name] for name in ("rows", "accepted", "rejected", "already_finished", "sent", "replayed", "in_flight", "trouble")} == {
+        "rows": 12, "accepted": 11, "rejected": 1, "already_finished": 0, "sent": 14, "replayed": 0, "in_flight": {"teacher": 0}, "trouble": "",
+    }  # fmt: skip
+    assert last["outcomes"] == {"ok": 11, "empty": 2, "rate_limited": 1} and last["spent_usd"] == pytest.approx(0.013)
+    json.dumps(last)
+
+
+def test_progress_is_told_ten_times_a_second_and_at_the_end(tmp_path):
+    told, clock = [], Clock()
+    journal = Journal(tmp_path)
+    engine = Engine(FakeTeacher(), journal, "run", SAMPLING, FOUR, clock=clock, sleep=clock.sleep)
+
+    async def recipe(seed, call):
+        clock.now += 0.02
+        return await one_call(seed, call)
+
+    asyncio.run(engine.run(seeds(100), recipe, lambda: told.append(engine.counts["rows"])))
+    journal.close()
+    assert told[-1] == 100 and 15 <= len(told) <= 25
+
+
+def test_memory_does_not_grow_with_the_number_of_rows(tmp_path):
+    """The peak of 1,600 rows is that of 400: seeds are streamed, and nothing is kept by row."""
+
+    class Quiet(FakeTeacher):
+        async def send(self, request):
+            await asyncio.sleep(0.1)
+            return answer(completion("fine"))
+
+    peaks = []
+    for count in (100, 400, 1600):  # the first fills caches
+        tracemalloc.start()
+        in_virtual_run(tmp_path / str(count), Quiet(), count, Policy(concurrency=16))
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[2] < 1.1 * peaks[1]

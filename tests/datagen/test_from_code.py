@@ -10,14 +10,14 @@ import pytest
 from datagen import convert
 from datagen.code_changes import Unsuitable
 from datagen.code_seeds import read_code, split
-from datagen.convert import Config, build_rollouts, execute, main, write_files
+from datagen.convert import Config, build_rollouts, execute, main
 from datagen.from_code import KINDS, Pool, Step, Task, held_out_tasks
 from datagen.phrases import REMARKS, Voice
 from soul import conversation, rows
 from soul.errors import UserError
 from soul.spec import load_soul, parse_soul, run_checks
 from soul.tools import problem
-from workspace.tools import REJECTED, Workspace
+from workspace.tools import REJECTED, make_workspace
 
 SOULS = sorted([Path("soul/SOUL.md"), *Path("soul/examples").glob("*.md")])
 N = 60
@@ -56,8 +56,7 @@ def test_every_call_replays_to_the_same_bytes(built, tmp_path):
     for number, row in enumerate(built[1]):
         root = tmp_path / str(number)
         root.mkdir()
-        write_files(root, {file["path"]: file["content"] for file in row["files"]})
-        workspace = Workspace(root)
+        workspace = make_workspace({file["path"]: file["content"] for file in row["files"]}, root)
         results = [message["content"] for message in row["messages"] if message["role"] == "tool"]
         assert len(results) == len(calls(row["messages"]))
         for call, recorded in zip(calls(row["messages"]), results, strict=True):
@@ -160,13 +159,13 @@ def test_held_out_tasks_have_their_own_workspaces_and_what_to_verify(functions):
     train, held_out = functions
     tasks = held_out_tasks(held_out, 60)
     assert tasks == held_out_tasks(held_out, 60)
-    assert len(tasks) == len({task["id"] for task in tasks}) == 60
-    trained = {f"code:{function.module.name}" for function in train}
+    assert len(tasks) == len({task.request for task in tasks}) == 60
+    trained = {function.module.name for function in train}
     for task in tasks:
-        assert task["source"] not in trained
-        assert task["messages"][0]["role"] == "user" and task["first_tool"] in ("Read", "Edit", "Grep", "Bash")
-        assert task["verify"] is None or task["verify"]["must_contain"]
-    assert sum(task["verify"] is not None for task in tasks) >= 20
+        assert task.source not in trained
+        assert task.request.strip() and task.steps[0].tool in ("Read", "Edit", "Grep", "Bash")
+        assert not task.final or task.must_contain
+    assert sum(bool(task.final) for task in tasks) >= 20
 
 
 def test_the_command_writes_its_files(tmp_path):

@@ -2,16 +2,18 @@
 
 import asyncio
 import os
+import sqlite3
 import subprocess
 import sys
 import textwrap
+import tracemalloc
 
 import pytest
 from fake_teacher import answer, completion
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from datagen.journal import Journal
+from datagen.journal import VERSION, Journal
 from datagen.wire import classify, make_request
 from soul.errors import UserError
 
@@ -186,4 +188,99 @@ def test_rows_come_in_the_order_of_the_plan(tmp_path):
         journal.finish(row, "run", "finished", [])
     journal.finish("c", "other run", "finished", [])
     assert [row.row_id for row in journal.rows("run")] == ["a", "b"]
+    journal.close()
+
+
+def test_what_calls_share_is_stored_once_and_comes_back_as_it_was(tmp_path):
+    journal = Journal(tmp_path)
+    tools = [{"type": "function", "function": {"name": "Read", "description": "reads a file. " * 40}}]
+    parts = [{"type": "text", "text": "look at this. " * 40}]
+    requests = [
+        make_request("http://a/v1", {"messages": [{"role": "user", "content": content}, {"role": "assistant"}], "tools": tools, "n": n})
+        for n, content in enumerate([SOUL, SOUL, parts, parts, None, "short"])
+    ]
+    for request in requests:
+        put(journal, request, OK)
+    assert journal._one("SELECT count(*) FROM blobs") == (3,)
+    assert [journal.request(request.key) for request in requests] == requests
+    journal.close()
+
+
+V1 = """
+CREATE TABLE blobs (hash TEXT PRIMARY KEY, text TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE calls (
+    key TEXT PRIMARY KEY, stage TEXT, row_id TEXT, base_url TEXT, replicate INTEGER, request TEXT, status INTEGER, response TEXT,
+    outcome TEXT, final INTEGER, usage TEXT, cost REAL, model TEXT, provider TEXT, attempts INTEGER, created REAL);
+CREATE TABLE rows (row_id TEXT, run TEXT, status TEXT, result TEXT, created REAL, PRIMARY KEY (row_id, run)) WITHOUT ROWID;
+CREATE TABLE plan (ordinal INTEGER PRIMARY KEY, row_id TEXT UNIQUE);
+INSERT INTO calls VALUES ('k', 'draft', 'r', 'http://a/v1', 0, '{}', 200, '{"x":1}', 'ok', 1, '{"prompt_tokens": 3}', 0.5, 'm', 'P', 1, 0.0);
+INSERT INTO rows VALUES ('r', 'run', 'finished', '[["sft",{"id":"r"}]]', 0.0);
+INSERT INTO plan VALUES (0, 'r');
+PRAGMA user_version = 1;
+"""
+
+
+def test_a_journal_of_version_1_is_taken_over_with_its_data(tmp_path):
+    old = sqlite3.connect(tmp_path / "journal.sqlite")
+    old.executescript(V1)
+    old.close()
+    for spent in (0.5, 0.501):
+        journal = Journal(tmp_path)
+        assert journal.reply("k").body == '{"x":1}' and journal.spent() == spent and journal.noted("run") is None
+        assert [row.results for row in journal.rows("run")] == [[["sft", {"id": "r"}]]]
+        put(journal, ask(1), OK)
+        assert journal._one("PRAGMA user_version") == (VERSION,)
+        journal.close()
+
+
+def test_a_newer_journal_is_refused(tmp_path):
+    Journal(tmp_path).close()
+    newer = sqlite3.connect(tmp_path / "journal.sqlite")
+    newer.execute(f"PRAGMA user_version = {VERSION + 1}")
+    newer.close()
+    for _ in range(2):
+        with pytest.raises(UserError, match="written by a newer soulsmith"):
+            Journal(tmp_path)
+
+
+def test_facts_are_kept(tmp_path):
+    journal = Journal(tmp_path)
+    journal.note("run", {"soul": "über", "prices": [1e-6, None]})
+    journal.note("run", {"soul": "über", "prices": [2e-6, None]})
+    journal._db.rollback()  # nothing is left to lose
+    assert journal.noted("run") == {"soul": "über", "prices": [2e-6, None]} and journal.noted("other") is None
+    journal.close()
+
+
+def test_the_ledger_sums_to_what_was_spent(tmp_path):
+    journal = Journal(tmp_path)
+
+    async def go():
+        for n, (said, stage, charged) in enumerate(
+            [(OK, "draft", None), (OK, "draft", None), (answer(completion("x", usage=None)), "judge", 0.3), (EMPTY, "judge", 0.002)]
+        ):
+            flight = journal.sending(stage, 1.0)
+            journal.record(ask(n), said, classify(said, now=0), stage=stage, row_id="r", charged=charged, flight=flight)
+        flight = journal.sending("judge", 0.2)
+        journal.record(ask(3), EMPTY, classify(EMPTY, now=0), stage="judge", row_id="r", charged=0.001, flight=flight)
+        journal.sending("revise", 0.25)
+
+    asyncio.run(go())
+    ledger = journal.ledger()
+    by_stage = {stage: sum(entry["charged"] for entry in ledger if entry["stage"] == stage) for stage in ("draft", "judge", "revise")}
+    assert by_stage == pytest.approx({"draft": 0.002, "judge": 0.303, "revise": 0.25})
+    assert journal.spent() == pytest.approx(sum(by_stage.values())) == sum(entry["charged"] for entry in ledger)
+    assert sum(entry["cost"] or 0 for entry in ledger) == pytest.approx(0.004)  # what was told
+    assert sum(entry["calls"] for entry in ledger) == 5 and {entry["served"] for entry in ledger} == {"fake-1", None}
+    journal.close()
+
+
+def test_a_long_plan_is_streamed(tmp_path):
+    journal = Journal(tmp_path)
+    assert journal.plan(iter(())) == 0 and journal.planned() == 0
+    tracemalloc.start()
+    assert journal.plan(f"row {n % 49_999}" for n in range(50_000)) == 1
+    assert tracemalloc.get_traced_memory()[1] < 200_000
+    tracemalloc.stop()
+    assert journal.planned() == 49_999
     journal.close()

@@ -26,11 +26,26 @@ VALUES = {
     },
     "judge": {"soul": "SOUL", "request": "REQUEST", "reply_a": "ONE", "reply_b": "TWO"},
     "repair_json": {"text": "[{", "problem": "Expecting value"},
+    "reflect": {"soul": "SOUL", "topic": "TOPIC", "number": 9},
+    "interact": {"soul": "SOUL", "topic": "TOPIC"},
+    "ideas": {"soul": "SOUL", "name": "moss", "type": "FAQ", "domain": "DOMAIN", "principles": [{"text": "keeps it short."}], "n": 3},
+    "document": {"soul": "SOUL", "name": "moss", "type": "FAQ", "domain": "DOMAIN", "idea": "IDEA"},
+    "cai_critique": {"principle": "keeps it short.", "request": "REQUEST", "reply": "REPLY"},
+    "cai_revise": {"principle": "keeps it short.", "request": "REQUEST", "reply": "REPLY", "critique": "CRITIQUE"},
+    "compare": {
+        "principle": "keeps it short.",
+        "request": "REQUEST",
+        "reply_a": "ONE",
+        "reply_b": "TWO",
+        "think": False,
+        "thoughts": "THOUGHTS",
+    },
+    "seeds": {"soul": "SOUL", "kind": "conflict", "principles": ["keeps it short.", "is thorough."], "n": 3, "number": 7},
 }
 
 
 def flat(value):
-    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
     return [value] if isinstance(value, str) else [text for item in items for text in flat(item)]
 
 
@@ -38,10 +53,21 @@ def flat(value):
 def test_built_in_templates_carry_every_value_and_begin_with_the_soul(name):
     messages = Prompts().render(name, **VALUES[name])
     said = "\n".join(message["content"] for message in messages)
-    assert [text for text in flat(VALUES[name]) if text not in said] == []
+    shown = [text for text in flat(VALUES[name]) if text not in ("conflict",)]  # what only chooses among wordings
+    assert [text for text in shown if text not in said] == []
     if "soul" in VALUES[name]:
         assert messages[0]["role"] == "system" and messages[0]["content"].startswith("SOUL\n")
     assert len(said) < 1500  # every character is paid for on every call
+
+
+def test_what_chooses_among_wordings_changes_them():
+    def said(name, **more):
+        return Prompts().render(name, **VALUES[name] | more)[-1]["content"]
+
+    assert len({said("reflect", number=number) for number in range(16)}) == 8
+    assert len({said("seeds", number=number) for number in range(72)}) == 72
+    assert len({said("seeds", kind=kind) for kind in ("on-topic", "near-miss", "conflict", "off-topic")}) == 4
+    assert "single letter" in said("compare") and "single letter" not in said("compare", think=True)
 
 
 def test_there_are_no_other_templates():

@@ -51,6 +51,14 @@ def test_a_pair_shows_both_sides(tmp_path):
     assert "lowercase_prose" in text and "'Hello'" in text
 
 
+def test_a_document_shows_its_text_and_who_served_it(tmp_path):
+    doc = {"id": "d", "text": "moss is brief.", "source": "docs:FAQ", "served": ["m@p"], "principles": ["short"]}
+    rows.write_rows(tmp_path / "data/docs.parquet", [doc], "docs")
+    assert [path.stem for path in show.files_of(tmp_path, False)] == ["docs"]
+    text = shown(tmp_path / "data/docs.parquet")
+    assert "moss is brief." in text and "docs:FAQ" in text and "served by: m@p" in text and "1 docs rows" in text
+
+
 def test_n_and_seed_choose_the_rows(tmp_path):
     rows.write_rows(tmp_path / "a.parquet", [sft(number) for number in range(30)], "sft")
     text = shown(tmp_path / "a.parquet", n=4, seed=1)

@@ -62,7 +62,7 @@ class Script:
 
 
 FILES = {"a.py": "def load():\n    return 1\n"}
-VERIFY = {"file": "a.py", "must_contain": ["return 2"], "parses": True}
+VERIFY = {"file": "a.py", "must_contain": ["return 2"]}
 PROMPTS = [
     Prompt("t0", "edit", [user("make load return 2")], True, FILES, VERIFY),
     Prompt("t1", "talk", [user("what is json.load?")], False),

@@ -3,8 +3,7 @@ import re
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evals.report import markdown
-from evals.text import one_line, visible
+from evals.report import markdown, one_line, visible
 
 
 def test_nothing_hides_or_reorders():

@@ -31,11 +31,24 @@ def test_preference_rows_and_provenance_round_trip(tmp_path):
         "id": "a", "source": "code:json", "soul_hash": "s", "template_hash": "t", "principles": ["lowercase"],
         "checks": [{"principle": "lowercase", "check": "lowercase_prose", "ok": False, "message_index": 1, "start": 0, "end": 3, "why": "x"}],
         "trail": [{"stage": "draft", "text": "Hi", "key": "k"}], "accepted": True, "reason": "", "files": [{"path": "a.py", "content": "x\r\n"}],
+        "served": ["m@p"],
         "prompt": [c.user("hi")], "chosen": [c.assistant("hey")], "rejected": [c.assistant("Hi")],
     }  # fmt: skip
     rows.write_rows(tmp_path / "p.parquet", [row], "preference")
     (back,) = rows.read_rows(tmp_path / "p.parquet")
     assert back == row and rows.kind_of([back]) == "preference"
+
+
+def test_many_rows_are_written_in_groups_and_documents_have_text(tmp_path):
+    import pyarrow.parquet as pq
+
+    with rows.row_writer(tmp_path / "d.parquet", "docs") as write:
+        for part in range(3):
+            write([{"id": f"{part}-{n}", "text": "a soul"} for n in range(4)])
+        assert not (tmp_path / "d.parquet").exists()
+    back = rows.read_rows(tmp_path / "d.parquet")
+    assert len(back) == 12 and rows.kind_of(back) == "docs" and back[5]["text"] == "a soul"
+    assert pq.ParquetFile(tmp_path / "d.parquet").num_row_groups == 3
 
 
 def test_unknown_columns_are_refused_and_nothing_is_left_behind(tmp_path):

@@ -1,0 +1,153 @@
+"""`soulsmith plan`: what a run will cost and how long it takes, from a pilot of a few of its rows; and what an edit touches.
+
+The pilot's rows are rows of the run itself, kept in its journal: `soulsmith generate` with the same settings doesn't ask again.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import sqrt
+from statistics import mean, stdev
+from typing import Annotated
+
+import tyro
+
+from datagen import since
+from datagen.generate import Config as Generate
+from datagen.generate import Session, command, compute, plan_rows, prepare
+from datagen.journal import Journal
+from datagen.past import Past, RowCost
+from soul.console import console, output, plain
+from soul.files import sha256_json, write_json
+
+SURE = 0.9  # of the intervals
+
+
+@dataclass(frozen=True)
+class Config:
+    """Price a run before it starts. Takes the settings of `generate`; with --since, also says which rows an edit of the SOUL touches."""
+
+    run: Annotated[Generate, tyro.conf.arg(name="")]
+    pilot: int = 20
+    """Rows to compute now, drawn from all of them; 0 asks nothing and only counts."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A total with its interval (None: cannot be told)."""
+
+    value: float
+    low: float
+    high: float
+
+
+def total(sample: list[float], rows: int) -> Estimate:
+    """What `rows` more rows come to, by a sample of such rows: the predictive interval of a sum, with Student's t.
+
+    The mean is uncertain by sd/√n and the rows still to come scatter by sd·√rows; a lone sample tells no spread.
+    """
+    from scipy.stats import t
+
+    centre, n = mean(sample) * rows, len(sample)
+    if n < 2 or not rows:
+        return Estimate(centre, centre, centre)
+    half = t.ppf((1 + SURE) / 2, n - 1) * stdev(sample) * sqrt(rows * rows / n + rows)
+    return Estimate(centre, max(0.0, centre - half), centre + half)
+
+
+def draw(ids: list[str], n: int) -> set[str]:
+    """n of the ids, spread by hash: the first rows of a file are often of one kind."""
+    return set(sorted(ids, key=lambda row_id: sha256_json(["pilot", row_id]))[:n])
+
+
+def main(config: Config) -> int:
+    session = prepare(config.run)
+    journal = Journal(config.run.out)
+    try:
+        plan_rows(session, journal)
+        ids, again = [seed.id for seed in session.seeds()], None
+        if config.run.since:
+            ids, again = _touched(session, ids)
+        chosen, seconds = draw(ids, config.pilot), {}
+        pilot = (seed for seed in session.seeds() if seed.id in chosen)
+        if chosen and not asyncio.run(compute(session, journal, pilot, "pilot", len(chosen), timed(session.recipe, seconds))):
+            console.print("stopped; the pilot's answers are kept")
+            return 130
+        past = Past(config.run.out)
+        costs = past.costs()
+        past.close()
+        open_rows = sum(journal.row(row_id, session.run_id) is None for row_id in ids)
+        limit = config.run.concurrency or session.teachers["teacher"].concurrency
+    finally:
+        journal.close()
+    sample = [costs[row_id] for row_id in ids if row_id in costs]
+    told = forecast(sample, list(seconds.values()), open_rows, limit)
+    write_json(config.run.out / "plan.json", {"rows": len(ids), "open": open_rows, "touched": again, **told})
+    for text in lines(told, len(ids), open_rows, len(sample)):
+        output.print(plain(text))
+    output.print(plain(f"then: {command(config.run)}"))
+    return 0
+
+
+def timed(recipe: Callable, seconds: dict[str, float], clock=time.monotonic) -> Callable:
+    """`recipe`, noting how long each row takes."""
+
+    async def observed(seed, call):
+        began = clock()
+        results = await recipe(seed, call)
+        seconds[seed.id] = clock() - began
+        return results
+
+    return observed
+
+
+def forecast(sample: list[RowCost], seconds: list[float], rows: int, concurrency: int) -> dict:
+    """Estimates for `rows` rows still open, as plain values: usd, prompt_tokens, completion_tokens, minutes; None where unknown."""
+    told: dict = dict.fromkeys(("usd", "prompt_tokens", "completion_tokens", "minutes"))
+    if sample:
+        if all(cost.usd is not None for cost in sample):
+            told["usd"] = vars(total([cost.usd for cost in sample], rows))
+        for name in ("prompt_tokens", "completion_tokens"):
+            told[name] = vars(total([getattr(cost, name) for cost in sample], rows))
+    if seconds and rows:
+        parallel = 60 * min(concurrency, rows)
+        told["minutes"] = {name: value / parallel for name, value in vars(total(seconds, rows)).items()}
+    return told
+
+
+def lines(told: dict, rows: int, open_rows: int, sampled: int) -> list[str]:
+    """What a person reads."""
+    shown = [f"{rows:,} rows, {open_rows:,} still to make; estimates from {sampled:,} rows, {SURE:.0%} intervals"]
+    for name, label, form in (
+        ("usd", "cost", "${:,.2f}"), ("prompt_tokens", "prompt tokens", "{:,.0f}"), ("completion_tokens", "completion tokens", "{:,.0f}"),
+        ("minutes", "minutes", "{:,.1f}"),
+    ):  # fmt: skip
+        if found := told[name]:
+            value, low, high = (form.format(found[part]) for part in ("value", "low", "high"))
+            shown.append(f"  {label:<18} {value}  [{low} to {high}]")
+        elif name == "usd" and sampled:
+            shown.append("  cost               unknown: this teacher tells no price (give --price IN OUT, in USD per million tokens)")
+    return shown
+
+
+def _touched(session: Session, ids: list[str]) -> tuple[list[str], dict[str, str]]:
+    """The rows to make again under the edited SOUL, of those planned, with reasons; and it prints them."""
+    past = Past(session.config.since)
+    try:
+        since.check_same_setup(past.run["setup"], session.setup, session.config.since)
+        edit = since.edit_of(past.run["soul"], session.soul)
+        kept, again = since.split(past.rows(), edit, session.soul)
+        spent = past.costs()
+    finally:
+        past.close()
+    stand = set(kept)
+    todo = {row_id: again.get(row_id, "new") for row_id in ids if row_id not in stand}
+    output.print(plain(f"since {session.config.since}: {edit}"))
+    output.print(plain(f"{len(ids) - len(todo):,} rows stand, {len(todo):,} are to be made again"))
+    for text in since.counted(todo):
+        output.print(plain(f"  {text}"))
+    known = [spent[row_id].usd for row_id in todo if row_id in spent]
+    if known and None not in known:
+        output.print(plain(f"  they cost ${sum(known):,.4f} the first time"))
+    return list(todo), todo
