@@ -30,6 +30,7 @@ from soul.errors import UserError
 from soul.files import sha256_json
 from soul.spec import Soul, load_soul
 
+SAMPLING = {"temperature": 0.8, "top_p": 0.95, "max_tokens": 512}
 PACE = ("concurrency", "deadline", "retry_failed", "redo_truncated", "rpm", "tpm", "max_usd")
 
 
@@ -58,16 +59,18 @@ class Config:
     """Leave out seeds that are this similar to an earlier one (0.8 is usual); repeated ones are always left out."""
     against: tuple[Path, ...] = ()
     """Files that must not be trained on, such as eval sets: seeds that share 13 words in a row with one are left out."""
-    temperature: float = 0.8
-    top_p: float = 0.95
-    max_tokens: int = 512
-    """Longest reply, in tokens; longer ones are rejected as truncated."""
+    temperature: float | None = None
+    """By default what the SOUL's `defaults` say, else 0.8."""
+    top_p: float | None = None
+    """Likewise, else 0.95."""
+    max_tokens: int | None = None
+    """Longest reply, in tokens; longer ones are rejected as truncated. Likewise, else 512."""
     max_usd: float | None = None
     """Never spend more than this on the run directory, whatever happens; a run that reaches it stops and can go on."""
     price: tuple[float, float] | None = None
     """USD per million prompt and completion tokens, for a teacher that doesn't tell."""
     provider: tuple[str, ...] = ()
-    """OpenRouter providers to use, in order; no others."""
+    """OpenRouter providers to use, and no others."""
     any_text: bool = False
     """Also use OpenRouter models whose authors do not allow training on their outputs."""
     allow_mixed: bool = False
@@ -148,7 +151,7 @@ def prepare(config: Config) -> Session:
     for role, spec in given.items():
         if spec or role == "teacher":  # the same one twice is one teacher, with one limit
             teachers[role] = next((teachers[other] for other in teachers if given[other] == spec), None) or open_teacher(spec, **routes)
-    sampling = {"temperature": config.temperature, "top_p": config.top_p, "max_tokens": config.max_tokens}
+    sampling = sampling_of(config, soul)
     options = options_of(config)
     setup = {
         "prompts": prompts.hash, "sampling": sha256_json(sampling),
@@ -162,6 +165,16 @@ def prepare(config: Config) -> Session:
     for why, count in dropped.items():
         console.print(plain(f"{count} seeds left out: {why}"))
     return session
+
+
+def sampling_of(config: Config, soul: Soul) -> dict:
+    """Flags before the SOUL's `defaults` before SAMPLING. Raises UserError for a default that no request can have."""
+    if unknown := sorted(set(soul.defaults) - set(SAMPLING)):
+        raise UserError(f"unknown default {unknown[0]!r}", where=soul.path, fix=f"Defaults are {', '.join(SAMPLING)}.")
+    if wrong := sorted(name for name, value in soul.defaults.items() if isinstance(value, str)):
+        raise UserError(f"the default {wrong[0]!r} must be a number", where=soul.path)
+    given = {name: getattr(config, name) for name in SAMPLING if getattr(config, name) is not None}
+    return SAMPLING | soul.defaults | given
 
 
 def options_of(config: Config) -> object | None:
@@ -256,13 +269,14 @@ def _tell(stats: dict, config: Config) -> None:
 def command(config: Config) -> str:
     """The command line that makes this dataset; settings that only change how fast it comes are left out."""
     words = ["soulsmith", "generate"]
-    for prefix, part in (("", config), (f"{config.recipe}.", options_of(config))):
+    for prefix, part in (("", config), (f"{config.recipe}.", options_of(config)), ("vllm.", config.vllm)):
         for item in fields(part) if part is not None else ():
             value = getattr(part, item.name)
             if item.name in PACE or is_dataclass(value) or value == item.default:
                 continue
             flag = f"{prefix}{item.name}".replace("_", "-")
-            words += [f"--{flag}"] if value is True else [f"--{flag}", *map(str, value if isinstance(value, tuple) else [value])]
+            texts = list(map(str, value if isinstance(value, tuple) else [value]))
+            words += [f"--{flag}"] if value is True else [f"--{flag}={texts[0]}"] if texts[0].startswith("-") else [f"--{flag}", *texts]
     return shlex.join(words)
 
 

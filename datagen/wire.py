@@ -58,7 +58,7 @@ class Answer:
 class Verdict:
     """The one reading of an answer. `text` is the answer alone, reasoning kept apart; `stops` ends the whole run;
     `free` spends none of the call's attempts; unknown `cost` (USD) is None, never 0. `tool_calls` are whole and in the
-    form of rows, `logprobs` the alternatives to the first token of the answer; both only where the outcome is "ok"."""
+    form of rows, `logprobs` the alternatives to the first token of the answer; calls only where the outcome is "ok"."""
 
     outcome: str
     text: str = ""
@@ -177,10 +177,12 @@ def _completion(data: dict, asked: Request | None) -> Verdict:
         finish=finish, reasoning=_text(message.get("reasoning")) or _text(message.get("reasoning_content")) or thought,
         provider=_text(data.get("provider")), **_accounts(data),
     )  # fmt: skip
+    first = None if thought else _first_logprobs(choice.get("logprobs"))
     if finish == "content_filter" or message.get("refusal"):
         return Verdict("refused", why=_text(message.get("refusal")) or "content filter", **said)
     if finish == "length" or open_thought:
-        return Verdict("truncated", text, why="cut at max_tokens" if finish == "length" else "the reasoning never ended", **said)
+        why = "cut at max_tokens" if finish == "length" else "the reasoning never ended"
+        return Verdict("truncated", text, why=why, **said, logprobs=None if open_thought else first)
     if finish in ("error", "abort"):
         return Verdict("transient", why=f"finish_reason {finish}", **said)
     try:
@@ -195,7 +197,7 @@ def _completion(data: dict, asked: Request | None) -> Verdict:
         return Verdict("empty", why="only reasoning came back" if said["reasoning"] else "the reply is empty", **said)
     if finish is None:
         return Verdict("transient", why="no finish_reason: the text may be a part", **said)
-    return Verdict("ok", text, **said, tool_calls=calls, logprobs=None if thought else _first_logprobs(choice.get("logprobs")))
+    return Verdict("ok", text, **said, tool_calls=calls, logprobs=first)
 
 
 def _misplaced(usage: dict | None, asked: Request | None) -> dict | None:

@@ -267,7 +267,7 @@ def check(said):
     if verdict.outcome == "ok":
         assert verdict.text.strip() or verdict.tool_calls
     else:
-        assert verdict.tool_calls == [] and verdict.logprobs is None
+        assert verdict.tool_calls == [] and (verdict.logprobs is None or verdict.outcome == "truncated")
     return verdict
 
 
@@ -393,6 +393,13 @@ def test_text_beside_calls_is_kept_and_length_wins():
     assert check(calling(READ, content="let me look.")).text == "let me look."
     assert check(calling(READ, finish="length")).outcome == "truncated"
     assert check(calling(finish="stop", content="hi")).tool_calls == []
+
+
+def test_a_reply_cut_after_its_first_token_still_has_the_logprobs_of_that_token():
+    given = {"content": [{"token": "A", "logprob": -0.1, "top_logprobs": [{"token": "B", "logprob": -2.5}]}]}
+    for content, expected in (("A because", {"A": -0.1, "B": -2.5}), ("<think>A", None)):
+        verdict = check(answer({"choices": [{"message": {"content": content}, "finish_reason": "length", "logprobs": given}]}))
+        assert (verdict.outcome, verdict.logprobs) == ("truncated", expected)
 
 
 def test_logprobs_are_the_alternatives_to_the_first_token():
