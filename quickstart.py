@@ -39,7 +39,7 @@ class Config:
     """Requests for generate, critique, revise."""
     rollouts: int = 640
     """Tool rollouts made from the Python installation's own functions."""
-    sft_tokens: int = 110_000
+    sft_tokens: int = 100_000
     """Tokens of supervised fine-tuning."""
     dpo_tokens: int = 24_000
     """Tokens of preference tuning, both branches counted."""

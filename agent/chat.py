@@ -19,7 +19,7 @@ from soul.errors import UserError
 from soul.files import disk_error, home
 from soul.spec import load_soul
 from soul.template import Template
-from workspace.tools import Workspace
+from workspace.tools import Sandbox, Workspace
 
 MAX_CONTEXT = 8192
 RETRY_HEAT = 0.4  # added to the temperature for each malformed reply: near 0, another seed would draw it again
@@ -45,8 +45,10 @@ class Config:
     max_steps: int = 12
     """Most replies of one turn."""
     seed: int = 0
+    sandbox: bool = True
+    """Confine commands to --root, without network, by what the kernel offers. Reading and editing are confined anyway."""
     yes: bool = False
-    """Allow every call without asking. Commands run as you, on your files."""
+    """Allow every call without asking."""
     transcript: Path | None = None
     """Where to write the transcript (JSONL); default: the next number in MODEL/transcripts."""
 
@@ -55,15 +57,17 @@ def main(config: Config) -> int:
     if config.temperature < 0 or not 0 < config.top_p <= 1 or config.max_new < 1 or config.max_steps < 1:
         raise UserError("temperature must be at least 0, top_p in (0, 1], max_new and max_steps at least 1")
     system = [conversation.system(load_soul(config.soul).text)] if config.soul else []
-    workspace = Workspace(config.root)
+    sandbox = Sandbox.detect() if config.sandbox else Sandbox("none", why="turned off")
+    workspace = Workspace(config.root, sandbox=sandbox)
     terminal = Terminal()
+    terminal.note(sandbox.describe(), "bold red" if sandbox.kind == "none" else "dim")
     model = Model(config, terminal.text)
     # three characters a token is what code has; so Read pages by itself and `shorten` rarely cuts
     workspace.max_result_chars = min(workspace.max_result_chars, 3 * model.result_tokens)
     with closing(Transcript(config.transcript or _next_transcript(Path(config.model)))) as transcript:
         transcript.write("config", json.loads(json.dumps(dataclasses.asdict(config), default=str)) | model.describe())
         if config.yes:
-            terminal.note("--yes: every call runs without asking, as you, with your rights", "bold red")
+            terminal.note("--yes: every call runs without asking", "bold red")
         permission = Permission(workspace, show=terminal.note, read_line=_read_line, interactive=sys.stdin.isatty(), yes=config.yes)
         session = Session(config, model, workspace, permission, terminal, transcript, system)
         if config.prompt is not None:

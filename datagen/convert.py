@@ -1,44 +1,48 @@
-"""`soulsmith convert`: tool rollouts from code, without a teacher.
+"""`soulsmith convert`: tool rollouts from code, or from instruct and edit data sets, without a teacher.
 
 Every call is executed in a temporary workspace while the rollout is built, remarks pass the SOUL's checks, and what
 fails is dropped and counted. Row i depends on (seed, i) alone: the same bytes with one worker or many.
 """
 
 import multiprocessing
+import os
 import random
-import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from itertools import chain, count, islice
 from pathlib import Path
 
 from datagen.code_changes import Unsuitable
-from datagen.code_seeds import Function, parses, read_code, split
+from datagen.code_seeds import Function, read_code, split
+from datagen.edits import task_of
 from datagen.from_code import KINDS, Pool, Task
-from datagen.phrases import Voice
+from datagen.instruct import FOREIGN, NO_PYTHON, Columns, Item, Mixture, Project, read_items, small_project
+from datagen.mistakes import with_mistake
+from datagen.rollouts import JUDGMENTS, WRONG_CALLS, Maker, contrasted, judged
 from soul import rows
 from soul.console import output as stdout
 from soul.console import plain, progress
-from soul.conversation import assistant, tool, tool_call, user
+from soul.conversation import assistant, tool_call
 from soul.errors import UserError
 from soul.files import write_atomic, write_json
-from soul.spec import Soul, check_table, load_soul, repair, run_checks
-from workspace.tools import REJECTED, Workspace, make_workspace
+from soul.spec import Soul, check_table, load_soul
+from workspace.tools import require_sandbox
 
 CHUNK = 32
-REMARK_TRIES = 4
 DRAWS = 8
-# kind -> (share of its pairs that are about the call and not about the voice, their reason)
-JUDGED = {"answer": (0.9, "needless_call"), "find": (0.3, "told_without_looking"), "explain": (0.3, "told_without_looking")}
-JUDGMENTS = {reason for _, reason in JUDGED.values()}
 MAX_CHARS = 1600  # of what the template renders: at most 640 tokens at 2.5 characters each, the lowest ratio measured (median 3.2)
+MAX_DATASET_CHARS = 12_000
+READ_AHEAD = 400  # rows of a data set that the small projects are made from
+
+Attempt = tuple[str, str, dict | None, dict | None]  # kind, reason, row, pair; the row is None when it was dropped for `reason`
 
 
 @dataclass(frozen=True)
 class Config:
-    """Make tool rollouts from real code; every tool result comes from executing the tool."""
+    """Make tool rollouts from real code or from a data set; every tool result comes from executing the tool."""
 
     soul: Path = Path("soul/SOUL.md")
     """The SOUL.md whose voice and checks the remarks follow."""
@@ -48,101 +52,36 @@ class Config:
     """A directory of Python code, or `stdlib`."""
     from_package: str = ""
     """An installed package to take the code from, instead of --from-code."""
+    dataset: tuple[str, ...] = ()
+    """Instruct or edit data sets instead of code: .jsonl, .json or .parquet files, folders, or names on the Hub."""
+    columns: Columns = field(default_factory=Columns)
     n: int = 400
-    """How many rollouts."""
+    """How many rollouts, of each data set; 0 for all that a data set gives."""
     seed: int = 0
     workers: int = 1
+    """Processes; 0 for one per core."""
+    max_chars: int = 0
+    """Longer rows are dropped; 0 for 1,600 from code and 12,000 from a data set."""
+    bash: float = 0.15
+    """Of a data set: share of the rollouts that run a command."""
+    mistakes: float = 0.15
+    """Of a data set: share of the rollouts with a mistake and its repair."""
+    run: bool = False
+    """Of a data set: commands may run the rows' own code, and not only compile it. It is a stranger's, and needs the sandbox."""
     include_held_out: bool = False
     """Also use the modules kept for evals."""
 
 
-Attempt = tuple[str, str, dict | None, dict | None]  # kind, reason, row, pair; the row is None when it was dropped for `reason`
-Contrast = tuple[list[dict], dict, dict, list[dict]]  # prompt, chosen, rejected, check table of the rejected side
-
 # ---- one rollout
 
 
-def execute(task: Task) -> list[str]:
-    """Run the task's calls in a fresh workspace; gives their results. Raises Unsuitable when anything is not as the task says."""
-    with tempfile.TemporaryDirectory(prefix="soulsmith-") as directory:
-        root = Path(directory)
-        workspace, results = make_workspace(task.files, root), []
-        for step in (step for step in task.steps if step.tool):
-            result = REJECTED if step.rejected else workspace.run(step.tool, step.args)
-            if step.expect not in result or result.startswith("error: ") != step.expect.startswith("error: "):
-                raise Unsuitable(f"{step.tool} gave another result")
-            results.append(result)
-        for path, text in (task.files | task.final).items():
-            if (root / path).read_text(encoding="utf-8") != text:
-                raise Unsuitable("final file differs")
-            if path in task.final and not parses(text):
-                raise Unsuitable("final file does not parse")
-    return results
+class Builder(Maker):
+    """Rollout i from functions."""
 
-
-def speak(task: Task, results: list[str], voice: Voice, rng: random.Random) -> tuple[list[dict], list[str]]:
-    """The conversation with remarks that pass every check of the SOUL, and the principles that a repair touched."""
-    for _ in range(REMARK_TRIES):
-        messages, left = [user(task.request)], iter(results)
-        for step in task.steps:
-            text = voice.say(rng, step.situation, task.slots | step.slots)
-            if text is None:
-                raise Unsuitable(f"no remark passes the SOUL: {step.situation}")
-            if step.tool:
-                messages += [assistant(text, tool_call(step.tool, **step.args)), tool(next(left))]
-            else:
-                messages.append(assistant(text + step.body))
-        messages, repaired = repair(voice.soul, messages)
-        faults = run_checks(voice.soul, messages)
-        if not faults:
-            return messages, repaired
-    raise Unsuitable(f"breaks the SOUL: {faults[0].principle}")
-
-
-def preference(task: Task, messages: list[dict], voice: Voice, rng: random.Random) -> Contrast | None:
-    """One assistant message in the SOUL's voice and in another. The calls are the same; rejected is the longer one in about
-    half of the pairs, and otherwise as near in length as can be."""
-    spoken = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    place = 0 if rng.random() < 0.75 else len(spoken) - 1
-    prompt, chosen = messages[: spoken[place]], messages[spoken[place]]
-    step, longer = task.steps[place], rng.random() < 0.4  # 0.5 gave 0.60 longer ones: a shorter one is not always found
-    if run_checks(voice.soul, [*prompt, chosen]):
-        return None
-    length = len(chosen["content"])
-    candidates = list(dict.fromkeys(voice.misaligned(rng, step.situation, task.slots | step.slots)))
-    for text in sorted(candidates, key=lambda text: ((len(text) > length) != longer, abs(len(text) - length))):
-        other = chosen | {"content": text}
-        if any(fault.message_index == len(prompt) for fault in run_checks(voice.soul, [*prompt, other])):
-            return prompt, chosen, other, check_table(voice.soul, [*prompt, other])
-    return None
-
-
-def judgement(task: Task, messages: list[dict], voice: Voice, rng: random.Random) -> Contrast | None:
-    """Like `preference`, but both sides are in the SOUL's voice and differ in the call: one that a question didn't need, and
-    that finds nothing when it is run, or a place in the code that is told without looking."""
-    if "Grep" not in voice.soul.tools:
-        return None
-    prompt, chosen = messages[:1], messages[1]
-    if task.kind == "answer":
-        text, call = voice.say(rng, "search", task.slots), {"pattern": f"def {task.slots['name']}"}
-        with tempfile.TemporaryDirectory(prefix="soulsmith-") as directory:
-            needless = not task.files and Workspace(Path(directory)).run("Grep", call) == "no matches found"
-        other = assistant(text, tool_call("Grep", **call)) if text and needless else None
-    else:
-        text = voice.say(rng, task.steps[-1].situation, task.slots)
-        other = assistant(text) if text else None
-    if other is None or run_checks(voice.soul, [*prompt, other]):
-        return None
-    return prompt, chosen, other, check_table(voice.soul, [*prompt, other])
-
-
-class Builder:
-    """What a worker needs to make rollout i: functions, voice and seed, prepared once."""
-
-    def __init__(self, soul: Soul, functions: Sequence[Function], seed: int):
-        self.pool, self.voice, self.seed = Pool(functions), Voice(soul), seed
+    def __init__(self, soul: Soul, functions: Sequence[Function], seed: int, most: int = MAX_CHARS):
+        super().__init__(soul, seed, most)
+        self.pool = Pool(functions)
         self.kinds = {make: share for make, (share, needs) in KINDS.items() if needs <= set(soul.tools)}
-        self.verifiable = any(principle.checks for principle in soul.principles)
 
     def build(self, attempt: int) -> Attempt:
         rng = random.Random(f"rollout:{self.seed}:{attempt}")
@@ -151,29 +90,9 @@ class Builder:
         try:
             task = self._draw(rng, make)
             kind = task.kind
-            if foreign := {step.tool for step in task.steps if step.tool} - set(self.voice.soul.tools):
-                raise Unsuitable(f"this SOUL has no {min(foreign)}")
-            messages, repaired = speak(task, execute(task), self.voice, rng)
-            if length(messages) > MAX_CHARS:
-                raise Unsuitable("too long")
+            return kind, "", *self.rows(f"code-{self.seed}-{attempt}", f"code:{task.source}", task, rng, judged)
         except Unsuitable as dropped:
             return kind, str(dropped), None, None
-        common = {
-            "id": f"code-{self.seed}-{attempt}", "source": f"code:{task.source}", "soul_hash": self.voice.soul.hash,
-            "files": [{"path": path, "content": text} for path, text in task.files.items()],
-        }  # fmt: skip
-        checks = check_table(self.voice.soul, messages)
-        row = common | {"messages": messages, "principles": repaired, "checks": checks, "reason": task.kind}
-        share, reason = JUDGED.get(task.kind, (0.0, ""))
-        found = judgement(task, messages, self.voice, rng) if rng.random() < share else None
-        if not found:
-            reason, found = task.kind, preference(task, messages, self.voice, rng) if self.verifiable else None
-        if not found:
-            return kind, "", row, None
-        prompt, chosen, other, table = found
-        broken = sorted({check["principle"] for check in table if not check["ok"]})
-        pair = {"prompt": prompt, "chosen": [chosen], "rejected": [other], "principles": broken, "checks": table, "reason": reason}
-        return kind, "", row, common | pair
 
     def _draw(self, rng: random.Random, make) -> Task:
         # a function that suits no task of its kind says nothing about the yield: draw others before giving up
@@ -183,51 +102,92 @@ class Builder:
         return make(rng, self.pool)
 
 
-def length(messages: list[dict]) -> int:
-    """Characters of what the template renders, with an allowance for control tokens."""
-    calls = [call["function"]["arguments"] for message in messages for call in message.get("tool_calls", ())]
-    return sum(len(message["content"]) + 8 for message in messages) + sum(len(call) + 20 for call in calls)
+class Converter(Maker):
+    """The rollout of a row of a data set."""
+
+    def __init__(self, soul: Soul, project: Project, mixture: Mixture, seed: int, most: int):
+        super().__init__(soul, seed, most)
+        self.project, self.mixture = project, mixture
+        self.checks = frozenset(call.name for principle in soul.principles for call in principle.checks)
+
+    def admits(self, code: str) -> bool:
+        table = check_table(self.voice.soul, [assistant("", tool_call("Edit", file_path="a.py", new_string=code))])
+        return all(check["ok"] for check in table if check["check"] == "max_comment_density")
+
+    def build(self, item: Item) -> Attempt:
+        kind, reason, plain = "edit" if item.before else "row", "", replace(self.mixture, mistakes=0.0, run=False)
+        for mixture in dict.fromkeys((self.mixture, plain)):  # a mistake or a run that doesn't come out is not the row's fault
+            rng = random.Random(f"row:{self.seed}:{item.index}:{mixture == plain}")
+            try:
+                task = task_of(rng, item, self.project, mixture, self.admits)
+                kind = task.kind
+                if rng.random() < mixture.mistakes:
+                    task = with_mistake(rng, task, mixture.tools, self.checks)
+                name = f"{item.source.partition(':')[0].rpartition('/')[2]}-{self.seed}-{item.index}"
+                return task.kind, "", *self.rows(name, f"dataset:{task.source}", task, rng, contrasted)
+            except (Unsuitable, RecursionError) as dropped:
+                reason = str(dropped) if isinstance(dropped, Unsuitable) else "the code is nested too deeply"
+                if reason in (NO_PYTHON, FOREIGN):
+                    break
+        return kind, reason, None, None
 
 
 # ---- many
 
 
-_builder: Builder | None = None
+_maker: Builder | Converter | None = None
 
 
-def _start(soul: Soul, functions: Sequence[Function], seed: int) -> None:
-    global _builder
-    _builder = Builder(soul, functions, seed)
+def _start(make: Callable, *args) -> None:
+    global _maker
+    _maker = make(*args)
 
 
-def _build(attempt: int) -> Attempt:
-    return _builder.build(attempt)
+def _build(work: object) -> Attempt:
+    return _maker.build(work)
 
 
-def attempts(soul: Soul, functions: Sequence[Function], seed: int, workers: int, most: int) -> Iterator[Attempt]:
-    """Results of attempts 0, 1, 2 … in order, however many workers make them."""
+def attempts(make: Callable, args: tuple, work: Iterable, workers: int) -> Iterator[Attempt]:
+    """What `make(*args).build` gives for each piece of work, in order, however many workers there are."""
     if workers <= 1:
-        yield from map(Builder(soul, functions, seed).build, range(most))
+        yield from map(make(*args).build, work)
         return
     # spawned, not forked: JAX's threads do not survive a fork
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(soul, list(functions), seed)) as executor:
+    context, work = multiprocessing.get_context("spawn"), iter(work)
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(make, *args)) as executor:
         try:
-            yield from executor.map(_build, range(most), chunksize=CHUNK)
+            while block := list(islice(work, 16 * CHUNK * workers)):
+                yield from executor.map(_build, block, chunksize=CHUNK)
         finally:
             executor.shutdown(cancel_futures=True)
 
 
 def build_rollouts(
-    soul: Soul, functions: Sequence[Function], n: int, seed: int = 0, workers: int = 1, on_row=None
+    soul: Soul, functions: Sequence[Function], n: int, seed: int = 0, workers: int = 1, on_row=None, most: int = MAX_CHARS
 ) -> tuple[list[dict], list[dict], dict]:
     """(sft rows, preference rows, stats) of n rollouts made from `functions`; fewer when 4 n attempts don't give n.
 
     Every row passes all checks of the SOUL, and carries in `files` the workspace that its calls start from.
     """
+    work = range(4 * n + CHUNK)
+    return collect(attempts(Builder, (soul, list(functions), seed, most), work, workers), n, on_row)
+
+
+def convert_rows(
+    soul: Soul, items: Iterable[Item], n: int, seed: int = 0, workers: int = 1, on_row=None, most: int = MAX_DATASET_CHARS, mixture=None
+) -> tuple[list[dict], list[dict], dict]:
+    """Like `build_rollouts`, one attempt per row of a data set, in its order; with n = 0 all of them."""
+    items = iter(items)
+    first = list(islice(items, READ_AHEAD))
+    mixture = mixture or Mixture(frozenset(soul.tools))
+    args = (soul, small_project(first), mixture, seed, most)
+    return collect(attempts(Converter, args, chain(first, items), workers), n, on_row)
+
+
+def collect(results: Iterable[Attempt], n: int, on_row=None) -> tuple[list[dict], list[dict], dict]:
     done, pairs, kinds, dropped, seen, tried = [], [], Counter(), Counter(), set(), 0
-    for kind, reason, row, pair in attempts(soul, functions, seed, workers, 4 * n + CHUNK):
-        if len(done) == n:
+    for kind, reason, row, pair in results:
+        if n and len(done) == n:
             break
         tried += 1
         if row and row["messages"][0]["content"] in seen:
@@ -242,12 +202,17 @@ def build_rollouts(
             pairs.append(pair)
         if on_row:
             on_row(len(done))
-    judged = Counter(pair["reason"] for pair in pairs if pair["reason"] in JUDGMENTS)
-    voiced = [pair for pair in pairs if pair["reason"] not in JUDGMENTS]
+    about_calls = Counter(pair["reason"] for pair in pairs if pair["reason"] in JUDGMENTS | WRONG_CALLS)
     return done, pairs, {
         "wanted": n, "attempts": tried, "rollouts": len(done), "pairs": len(pairs), "kinds": dict(sorted(kinds.items())),
-        "judged": dict(sorted(judged.items())), "dropped": dict(sorted(dropped.items())), "longer_rejected": share_longer(voiced),
+        "judged": dict(sorted(about_calls.items())), "dropped": dict(sorted(dropped.items())),
+        "longer_rejected": share_longer(voiced(pairs)),
     }  # fmt: skip
+
+
+def voiced(pairs: list[dict]) -> list[dict]:
+    """The pairs that are about the voice."""
+    return [pair for pair in pairs if pair["reason"] not in JUDGMENTS | WRONG_CALLS]
 
 
 def share_longer(pairs: list[dict]) -> float | None:
@@ -275,12 +240,18 @@ def card(soul: Soul, source: str, stats: dict) -> str:
     )
     if not any(principle.checks for principle in soul.principles):
         pairs += " This SOUL has no machine checks, so no pair about its voice could be verified."
-    return f"""# Tool rollouts from code
+    kind, origin = ("a data set", "rows") if stats.get("yield") else ("code", "functions")
+    yields = [
+        f"| {name} | {found['rows']} | {found['python']} | {found['rollouts']} | {found['yield']} |"
+        for name, found in stats.get("yield", {}).items()
+    ]
+    table = "\n".join(["| data set | rows | with Python | rollouts | yield |", "|---|---|---|---|---|", *yields, "", ""]) if yields else ""
+    return f"""# Tool rollouts from {kind}
 
-{stats["rollouts"]} rollouts for the SOUL `{soul.name}` ({soul.hash[:12]}), from the functions of `{source}`; {stats["attempts"]} attempts.
+{stats["rollouts"]} rollouts for the SOUL `{soul.name}` ({soul.hash[:12]}), from the {origin} of `{source}`; {stats["attempts"]} attempts.
 Every tool result was produced by executing the tool on the row's `files`; remarks come from phrase templates and pass every check.
 
-{pairs}
+{table}{pairs}
 
 {counted("kind", stats["kinds"])}
 
@@ -294,21 +265,64 @@ def counted(head: str, counts: dict[str, int]) -> str:
     return "\n".join([f"| {head} | rows |", "|---|---|", *(f"| {name} | {count} |" for name, count in counts.items())])
 
 
-def main(config: Config) -> int:
-    """Run the command. Raises UserError for a SOUL or code that can't be used."""
-    if config.n < 1 or config.workers < 1:
-        raise UserError("--n and --workers begin at 1")
-    soul = load_soul(config.soul)
+def from_code(config: Config, soul: Soul, workers: int, on_row) -> tuple[str, list[dict], list[dict], dict]:
     source = f"package:{config.from_package}" if config.from_package else config.from_code
     functions = read_code(source)
     if not config.include_held_out:
         functions = split(functions)[0]
     if not functions:
         raise UserError("all of its modules are kept for evals", where=source, fix="Pass --include-held-out.")
-    with progress("rollouts", config.n) as update:
-        rollouts, pairs, stats = build_rollouts(soul, functions, config.n, config.seed, config.workers, on_row=update)
+    return source, *build_rollouts(soul, functions, config.n, config.seed, workers, on_row, config.max_chars or MAX_CHARS)
+
+
+def from_datasets(config: Config, soul: Soul, workers: int, on_row) -> tuple[str, list[dict], list[dict], dict]:
+    mixture = Mixture(frozenset(soul.tools), config.bash, config.run, config.mistakes)
+    done, pairs, parts = [], [], {}
+    for name in config.dataset:
+        made = convert_rows(
+            soul, read_items(name, config.columns), config.n, config.seed, workers, on_row,
+            config.max_chars or MAX_DATASET_CHARS, mixture,
+        )  # fmt: skip
+        done, pairs, parts[name] = done + made[0], pairs + made[1], made[2]
+    stats = {
+        key: dict(sorted(sum((Counter(part[key]) for part in parts.values()), Counter()).items())) for key in ("kinds", "judged", "dropped")
+    } | {key: sum(part[key] for part in parts.values()) for key in ("attempts", "rollouts", "pairs")}
+    stats |= {
+        "wanted": config.n,
+        "longer_rejected": share_longer(voiced(pairs)),
+        "yield": {name: yielded(part) for name, part in parts.items()},
+    }
+    return ", ".join(config.dataset), done, pairs, stats
+
+
+def yielded(stats: dict) -> dict:
+    """Of the rows whose response holds Python that parses (or that are edits), how many became rollouts."""
+    other = sum(rows for name, rows in stats["dropped"].items() if name.endswith((NO_PYTHON, FOREIGN)))
+    python = stats["attempts"] - other
+    return {
+        "rows": stats["attempts"],
+        "python": python,
+        "rollouts": stats["rollouts"],
+        "yield": round(stats["rollouts"] / max(1, python), 3),
+    }
+
+
+def main(config: Config) -> int:
+    """Run the command. Raises UserError for a SOUL, code or a data set that can't be used."""
+    if config.n < (not config.dataset) or config.workers < 0:
+        raise UserError("--n begins at 1 (0 with --dataset: all), --workers at 0")
+    if not (0 <= config.bash <= 1 and 0 <= config.mistakes <= 1):
+        raise UserError("--bash and --mistakes are shares from 0 to 1")
+    if config.run:
+        require_sandbox(False)
+    soul = load_soul(config.soul)
+    workers = config.workers or len(os.sched_getaffinity(0))
+    numbers = count(1)
+    with progress("rollouts", config.n * max(1, len(config.dataset)) or None) as update:
+        make = from_datasets if config.dataset else from_code
+        source, rollouts, pairs, stats = make(config, soul, workers, lambda _: update(next(numbers)))
     if not rollouts:
-        worst = max(stats["dropped"], key=stats["dropped"].get)
+        worst = max(stats["dropped"], key=stats["dropped"].get, default="it is empty")
         raise UserError(f"no rollout could be made; most often: {worst}", where=source)
     write(config.out, soul, source, rollouts, pairs, stats)
     dropped = stats["attempts"] - len(rollouts)

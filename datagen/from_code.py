@@ -25,7 +25,8 @@ READ_LIMIT = 12
 
 @dataclass(frozen=True)
 class Step:
-    """A remark of that situation, `body` after it and, unless it closes, the call that it announces. `expect` must be in its result."""
+    """A remark of that situation, `body` after it and, unless it closes, the call that it announces. `expect` must be in its result.
+    `reply`: what the person says to the result; `narrow`: of an old_string the part that changes, which may not be unique."""
 
     situation: str
     tool: str = ""
@@ -34,6 +35,8 @@ class Step:
     slots: dict[str, str] = field(default_factory=dict)
     rejected: bool = False
     body: str = ""
+    reply: str = ""
+    narrow: str = ""
 
 
 @dataclass(frozen=True)

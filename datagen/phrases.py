@@ -46,6 +46,11 @@ def ask(rng: random.Random, kind: str, **slots: str) -> str:
     return fill(" ".join(words), slots)
 
 
+def pick(rng: random.Random, kind: str) -> str:
+    """A wording of that kind as it stands: for requests whose text is given, which `ask` would frame."""
+    return rng.choice(REQUESTS[kind])
+
+
 # ---- registers: how a neutral core (lowercase, contracted) is said
 
 
@@ -72,8 +77,11 @@ MANNERS: dict[str, Callable[[str], str]] = {
     "pirate": lambda text: sentence_case(swash(text)),
 }
 MISALIGNED = ("plain", "plain", "formal", "formal", "goofy", "pirate")
-FINAL = {"found", "explained", "added", "created", "edited", "documented", "listed", "counted", "printed", "stopped", "answer", "written"}
-SOBER = {"missing", "again", "mismatch", "stopped"}
+FINAL = {
+    "found", "explained", "added", "created", "edited", "documented", "listed", "counted", "printed", "stopped", "answer", "written",
+    "scripted", "changed", "reworked", "compiled",
+}  # fmt: skip
+SOBER = {"missing", "again", "mismatch", "stopped", "reread", "nearby", "broken", "astray"}
 SAMPLE = {
     "name": "load_items", "file": "lib/store.py", "path": "store.py", "line": "12", "id": "store.load_items", "command": "ls",
     "output": "3", "new": "x = 1", "does": "returns the items of a list in sorted order",

@@ -52,17 +52,17 @@ def progress(description: str, total: int | None = None, unit: str = "rows"):
     )  # fmt: skip
     with bar:
         task = bar.add_task(description, total=total, rate="", note="")
-        start, said = {}, time.monotonic()
+        start, said, ended = {}, time.monotonic(), False
 
         def update(completed: float, note: str = "") -> None:
-            nonlocal said
+            nonlocal said, ended
             now = time.monotonic()
             base, began = start.setdefault("at", (completed, now))  # what was there before a resume must not count as speed
             rate = (completed - base) / (now - began) if now > began else 0.0
             shown = f"{rate:,.1f} {unit}/s" if rate else ""
             bar.update(task, completed=completed, rate=shown, note=visible(note))
-            if not console.is_terminal and (now - said >= LOG_EVERY or completed == total):
-                said = now
+            if not console.is_terminal and (now - said >= LOG_EVERY or (completed == total and not ended)):
+                said, ended = now, completed == total
                 left = f"{(total - completed) / rate / 60:.1f} min left" if rate and total and completed < total else ""
                 console.print(plain("  ".join(part for part in (f"{description} {completed:,}/{total or '?'}", shown, left, note) if part)))
 

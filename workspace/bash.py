@@ -5,15 +5,18 @@ import re
 import selectors
 import signal
 import subprocess
+import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
 
 from workspace.paths import ToolError
+from workspace.sandbox import Sandbox, outcome
 
 MAX_TIMEOUT = 600
 MAX_COMMAND_CHARS = 10_000  # a person must be able to read what they approve; the kernel's own limit is 128 KiB
 KEPT_BYTES = 1_000_000  # at each end of the output while it streams by
+GRACE = 5.0  # seconds that the sandbox's launcher has to end by itself after the timeout
 
 
 def environment(root: Path, extra: dict[str, str] | None = None) -> dict[str, str]:
@@ -22,32 +25,56 @@ def environment(root: Path, extra: dict[str, str] | None = None) -> dict[str, st
     return {"PATH": os.environ.get("PATH", os.defpath), "HOME": str(root), **fixed, **(extra or {})}
 
 
-def bash(root: Path, args: dict[str, str], env: dict[str, str], default_timeout: int) -> str:
-    """The Bash tool: stdout and stderr together, then `exit code: N` when it is not 0."""
+def bash(root: Path, args: dict[str, str], env: dict[str, str], default_timeout: int, sandbox: Sandbox) -> str:
+    """The Bash tool: stdout and stderr together, then `exit code: N` when it is not 0, or what ended the command."""
     command = args["command"]
     timeout = min(int(args.get("timeout", default_timeout)), MAX_TIMEOUT)
     if timeout < 1:
         raise ToolError("timeout begins at 1")
     if len(command) > MAX_COMMAND_CHARS:
         raise ToolError(f"the command is too long (at most {MAX_COMMAND_CHARS} characters)")
+    argv = ["bash", "--noprofile", "--norc", "-c", command]
     try:
-        output, code = _run(["bash", "--noprofile", "--norc", "-c", command], root, env, timeout)
+        with tempfile.TemporaryDirectory(prefix="soulsmith-", ignore_cleanup_errors=True) as directory:
+            tmp = os.path.realpath(directory)
+            env = {**env, "TMPDIR": tmp}
+            if sandbox.kind == "none":
+                output, code = _run(argv, root, env, timeout)
+                said = "timeout" if code is None else f"exit {code}"
+            else:
+                output, said = _confined(argv, root, env, timeout, sandbox)
     except (OSError, ValueError):
         raise ToolError("the command cannot be started") from None
+    output = output.replace(tmp, "$TMPDIR")
     # a path of this machine would make every rollout different; relative names work in all four tools
     output = re.sub(re.escape(str(root)) + r"(/(?=[\w.])|(?![\w.-]))", lambda match: "" if match[1] else ".", output)
-    note = f"timed out after {timeout} s" if code is None else f"exit code: {code}" if code else ""
+    note = {
+        "exit 0": "",
+        "timeout": f"timed out after {timeout} s",
+        "memory": f"killed: more than {sandbox.limits.memory >> 20} MB of memory",
+        "processes": f"killed: more than {sandbox.limits.processes} processes",
+    }.get(said, said.replace("exit", "exit code:", 1))
     return "\n".join(part for part in (output.rstrip("\n"), note) if part) or "(no output)"
 
 
-def _run(argv: list[str], root: Path, env: dict[str, str], timeout: float) -> tuple[str, int | None]:
-    """Run `argv`; gives its output and its exit code, None when it ran out of time.
+def _confined(argv: list[str], root: Path, env: dict[str, str], timeout: int, sandbox: Sandbox) -> tuple[str, str]:
+    """Run `argv` in the sandbox; gives its output and the launcher's report. Raises ToolError when it could not be confined."""
+    receive, report = os.pipe()
+    try:
+        output, code = _run(sandbox.wrap(argv, root, env["TMPDIR"], report=report, timeout=timeout), root, env, timeout + GRACE, report)
+    finally:
+        os.close(report)
+        said = outcome(receive)
+    if said.startswith("error") or (not said and code is not None):
+        raise ToolError(f"the sandbox failed: {said.removeprefix('error ') or 'no report'}")
+    return output, said or "timeout"
 
-    This is the one place where a command starts: a kernel sandbox wraps `argv` here. Until then a daemon that leaves
-    its session, its parent and its output behind is not found again.
-    """
+
+def _run(argv: list[str], root: Path, env: dict[str, str], timeout: float, *pass_fds: int) -> tuple[str, int | None]:
+    """Run `argv`; gives its output and its exit code, None when it ran out of time. Without a sandbox, a daemon that leaves
+    its session, its parent and its output behind is not found again."""
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    process = subprocess.Popen(argv, cwd=root, env=env, start_new_session=True, bufsize=0, **pipes)
+    process = subprocess.Popen(argv, cwd=root, env=env, start_new_session=True, bufsize=0, pass_fds=pass_fds, **pipes)
     deadline = time.monotonic() + timeout
     try:
         output = _drain(process, deadline)
@@ -55,7 +82,7 @@ def _run(argv: list[str], root: Path, env: dict[str, str], timeout: float) -> tu
             process.wait(max(0.0, deadline - time.monotonic()))
         return output, process.returncode
     finally:
-        _kill(process)
+        _kill(process, confined=bool(pass_fds))
         process.stdout.close()
 
 
@@ -81,9 +108,9 @@ def _drain(process: subprocess.Popen, deadline: float) -> str:
     return (bytes(head) + middle + bytes(tail)).decode("utf-8", "replace")
 
 
-def _kill(process: subprocess.Popen) -> None:
+def _kill(process: subprocess.Popen, *, confined: bool) -> None:
     """End the process group, and on Linux what has left it: descendants, and any process that still writes to the pipe."""
-    strays = _strays(process)
+    strays = [] if confined and process.poll() == 0 else _strays(process)  # a launcher that ended well left nobody behind
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     for pid in strays:

@@ -9,6 +9,9 @@ from workspace.bash import bash, environment
 from workspace.files import edit, plan_edit, read
 from workspace.grep import grep
 from workspace.paths import ToolError
+from workspace.sandbox import Sandbox, require_sandbox
+
+__all__ = ["REJECTED", "Sandbox", "Workspace", "clip", "make_workspace", "require_sandbox"]
 
 REJECTED = "rejected by user"
 
@@ -17,14 +20,18 @@ class Workspace:
     """One directory and what has been read in it. The same calls on the same files give the same bytes anywhere.
 
     `bash_timeout`: seconds a command may run when the call names none. `max_result_chars`: about the most that one result may
-    hold. `env`: additions to the environment of commands."""
+    hold. `env`: additions to the environment of commands. `sandbox`: what confines them; None is the strongest that this machine
+    has, or none where it has none (say so: `Sandbox.detect().describe()`; `require_sandbox` refuses); `Sandbox("none")` turns it off."""
 
-    def __init__(self, root: str | Path, *, bash_timeout: int = 30, max_result_chars: int = 8000, env: dict[str, str] | None = None):
+    def __init__(
+        self, root: str | Path, *, bash_timeout: int = 30, max_result_chars: int = 8000,
+        env: dict[str, str] | None = None, sandbox: Sandbox | None = None,
+    ):  # fmt: skip
         self.root = Path(root).resolve()
         if not self.root.is_dir():
             raise UserError("is not a directory", where=root)
         self.bash_timeout, self.max_result_chars = bash_timeout, max_result_chars
-        self.env = environment(self.root, env)
+        self.env, self.sandbox = environment(self.root, env), sandbox
         self.seen: dict[Path, str] = {}
 
     def run(self, name: str, args: dict[str, str]) -> str:
@@ -39,7 +46,8 @@ class Workspace:
             elif name == "Grep":
                 text = grep(self.root, args, self.max_result_chars)
             else:
-                text = bash(self.root, args, self.env, self.bash_timeout)
+                self.sandbox = self.sandbox or Sandbox.detect()
+                text = bash(self.root, args, self.env, self.bash_timeout, self.sandbox)
         except ToolError as error:
             text = f"error: {error}"
         except OSError as error:

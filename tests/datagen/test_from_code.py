@@ -10,9 +10,10 @@ import pytest
 from datagen import convert
 from datagen.code_changes import Unsuitable
 from datagen.code_seeds import read_code, split
-from datagen.convert import Config, build_rollouts, execute, main
+from datagen.convert import Config, build_rollouts, main
 from datagen.from_code import KINDS, Pool, Step, Task, held_out_tasks
 from datagen.phrases import REMARKS, Voice
+from datagen.rollouts import JUDGMENTS, execute, length
 from soul import conversation, rows
 from soul.errors import UserError
 from soul.spec import load_soul, parse_soul, run_checks
@@ -49,7 +50,7 @@ def test_every_row_is_sound_and_breaks_no_check(built):
         for call in calls(row["messages"]):
             assert problem(conversation.name_of(call), conversation.arguments(call)) is None
         assert row["messages"][-1]["role"] == "assistant" and not conversation.calls_of(row["messages"][-1])
-        assert convert.length(row["messages"]) <= convert.MAX_CHARS
+        assert length(row["messages"]) <= convert.MAX_CHARS
 
 
 def test_every_call_replays_to_the_same_bytes(built, tmp_path):
@@ -70,7 +71,7 @@ def test_pairs_differ_in_prose_or_in_the_call_and_never_in_both(built):
     soul, done, pairs, stats = built
     checked = any(principle.checks for principle in soul.principles)
     assert len(pairs) > 0.9 * N if checked else len(pairs) == sum(stats["judged"].values())
-    assert set(stats["judged"]) == convert.JUDGMENTS
+    assert set(stats["judged"]) == JUDGMENTS
     sources = {row["id"]: row["messages"] for row in done}
     for pair in pairs:
         (chosen,), (rejected,), prompt = pair["chosen"], pair["rejected"], pair["prompt"]
@@ -79,7 +80,7 @@ def test_pairs_differ_in_prose_or_in_the_call_and_never_in_both(built):
         assert run_checks(soul, [*prompt, chosen]) == []
         broken = {fault.principle for fault in run_checks(soul, [*prompt, rejected])}
         calls_of = conversation.calls_of(chosen), conversation.calls_of(rejected)
-        if pair["reason"] in convert.JUDGMENTS:
+        if pair["reason"] in JUDGMENTS:
             assert [len(calls) for calls in calls_of] == ([0, 1] if pair["reason"] == "needless_call" else [1, 0])
             assert not broken and not pair["principles"]  # the voice is right on both sides: only the call can be learned
         else:
@@ -144,7 +145,7 @@ def test_a_soul_that_nothing_passes_drops_every_row_and_says_why(functions):
 def test_a_soul_without_checks_gets_rollouts_and_pairs_about_the_call_only(functions, tmp_path):
     soul = parse_soul("# Free\n\n## Principles\n\n- is kind.\n")
     done, pairs, stats = build_rollouts(soul, functions[0], 15)
-    assert len(done) == 15 and {pair["reason"] for pair in pairs} <= convert.JUDGMENTS
+    assert len(done) == 15 and {pair["reason"] for pair in pairs} <= JUDGMENTS
     assert "no pair about its voice could be verified" in convert.card(soul, "stdlib", stats)
 
 

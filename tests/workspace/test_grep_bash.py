@@ -143,7 +143,7 @@ def test_environment_is_an_allow_list(ws, monkeypatch):
     out = bash(Workspace(ws.root, env={"EXTRA": "1"}), "env")
     assert "canary" not in out
     assert {line.split("=")[0] for line in out.split("\n")} <= {
-        "PATH", "HOME", "LANG", "TERM", "PYTHONHASHSEED", "PYTHONDONTWRITEBYTECODE", "PYTHONUNBUFFERED", "EXTRA",
+        "PATH", "HOME", "LANG", "TERM", "PYTHONHASHSEED", "PYTHONDONTWRITEBYTECODE", "PYTHONUNBUFFERED", "EXTRA", "TMPDIR",
         "PWD", "SHLVL", "_", "OLDPWD",
     }  # fmt: skip
 

@@ -1,0 +1,284 @@
+"""Edits as tasks: two sides of a file become hunks, and hunks become Edit calls whose old_string occurs once.
+
+The sides come from a data set of edits, or from an instruct row with code in the request and in the response. The calls
+take the first side to the second, byte for byte, or the row is dropped.
+"""
+
+import difflib
+import random
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from datagen.code_changes import Unsuitable
+from datagen.code_seeds import parses
+from datagen.from_code import Step, Task, edit_step
+from datagen.instruct import (
+    HERE,
+    Item,
+    Mixture,
+    Project,
+    checked,
+    code_given,
+    file_name,
+    is_change,
+    neighbours,
+    python_of,
+    solution,
+    worded,
+)
+from datagen.phrases import PHRASES, VERBS, fill, pick
+
+LONG_FILE = 60  # lines; of a longer one only the part around the change is read
+MARGIN = 6
+MAX_PATCH_CHARS = 1500
+MAX_ROW_CHARS = 60_000  # of one text: comparing two is quadratic
+MAX_PATH_CHARS = 120
+SAFE_PATH = re.compile(r"\w[\w.-]*(?:/\w[\w.-]*)*")  # it goes into a shell command
+DEFINITION = re.compile(r"([ \t]*)(?:async )?(def|class) (\w+)")
+NOISE = re.compile(
+    r"\s*(?:\((?:closes?|closed|fix(?:es|ed)?|refs?|see|issue|pr|thanks|#)[^)]*(?:\)|$)|\s\((?:#?\d+|\d+/\d+)\)"
+    r"|[.,;:]?\s*(?:closes|fixes|refs|issue|thanks|ticket|gh-)\s*:?\s*#?\d+.*|,?\s*#\d+|\[(?:ci skip|skip ci)\])",
+    re.I,
+)
+PREFIX = re.compile(r"^\s*(?:\[[^\]]*\]|\* |[\w/.]+:(?= ))\s*", re.I)
+VAGUE = re.compile(
+    r"(?:add(?:ed)?|fix(?:ed|es)?|updated?|clean(?:ed)?(?: ?up)?|improved?|changed?|minor|small|some|more|misc|wip|oops|typos?"
+    r"|address(?:ed)?|apply|format(?:ted)?|lint|black|pep ?8|flake8|mypy|refactor(?:ed|ing)?|tweak(?:ed|s)?|correct(?:ed)?|release|bump"
+    r"|merge|revert|another|bug ?fix)"
+    r"(?: +(?:the|a|an|it|this|some|more|up|for|in|of|with|small|minor|broken|failing|flaky|black|code|review|comments?|docs?|docstrings?"
+    r"|doctests?|documentation|tests?|testcases?|cases?|typos?|bugs?|errors?|issues?|warnings?|lint\w*|format\w*|styles?|imports?"
+    r"|whitespace|extraction|regex|build|ci|version|changes|stuff|things|suggestions|fix(?:es)?|description|cosmetics?))*\W*",
+    re.I,
+)
+PAST, EDIT_VERBS = PHRASES["past"], VERBS | frozenset(PHRASES["commit_verbs"].split())
+REFERENCE = re.compile(
+    r"\b(?:the|this|that|a|an)? ?(?:following|given|provided|existing|above|below)(?: (?:snippet|piece|block) of)?(?: python)? "
+    r"(code|function|program|script|class|method|statement|loop|algorithm|snippet)(?: (?:snippet|block|below|above))?"
+    r"|\b(?:the|this|that)(?: python)? (code|function|program|script|class|method|snippet)"
+    r"(?: (?:snippet|block|below|above|given below))?(?= |[.:,?]|$)",
+    re.I,
+)
+ASKS = re.compile(
+    r"^(?:what|why|which|how does|explain|describe|suggest|identify|find the output|predict)\b"
+    r"|\band (?:explain|describe|suggest|tell)\b|\boutput of\b",
+    re.I | re.M,
+)
+
+
+@dataclass(frozen=True)
+class Hunk:
+    """One Edit: `old` occurs once in the file as it then is, from line `line` (from 1); `narrow` is the part of it that changes."""
+
+    line: int
+    old: str
+    new: str
+    narrow: str
+
+
+def hunks(before: str, after: str) -> Iterator[Hunk]:
+    """The edits that turn `before` into `after`, from the top; each is widened by whole lines until its old_string is unique."""
+    tail = "\n" if before.endswith("\n") and after.endswith("\n") else ""
+    if tail:  # the empty line after the last one is none to match or to take along
+        before, after = before[:-1], after[:-1]
+    lines, target, shift = before.split("\n"), after.split("\n"), 0
+    for start, end, first, last in changed(lines.copy(), target):
+        start, end = start + shift, end + shift
+        low, high = start, end
+        if start == end or first == last:  # an insertion needs a neighbour to hold on to, and a deleted line takes its line break along
+            low, high = (low - 1, high) if low else (low, high + 1)
+        narrow, up = "\n".join(lines[low:high]), True
+        text = "\n".join(lines) + tail
+        while (not narrow.strip() and high - low < len(lines)) or occurrences(text, "\n".join(lines[low:high])) != 1:
+            if high - low == len(lines):
+                raise Unsuitable("nothing to hold an edit on to")
+            low, high, up = (low - 1, high, False) if low and (up or high >= len(lines)) else (low, high + 1, True)
+            narrow = narrow if narrow.strip() else "\n".join(lines[low:high])
+        old, new = lines[low:high], [*lines[low:start], *target[first:last], *lines[end:high]]
+        yield Hunk(low + 1, "\n".join(old), "\n".join(new), narrow)
+        lines[low:high] = new
+        shift += len(new) - len(old)
+
+
+def changed(before: list[str], after: list[str]) -> Iterator[tuple[int, int, int, int]]:
+    """Ranges of lines that differ, (start, end) before and after; ranges with one equal line between them are one."""
+    ranges: list[list[int]] = []
+    for tag, *here in difflib.SequenceMatcher(None, before, after, autojunk=False).get_opcodes():
+        if tag == "equal":
+            continue
+        if ranges and here[0] - ranges[-1][1] <= 1:
+            ranges[-1][1], ranges[-1][3] = here[1], here[3]
+        else:
+            ranges.append(here)
+    yield from (tuple(found) for found in ranges)
+
+
+def occurrences(text: str, part: str) -> int:
+    """How often `part` stands in `text`, counted up to 2; overlaps count, as they do for Edit."""
+    at = text.find(part) if part else -1
+    return 2 if not part or (at >= 0 and text.find(part, at + 1) >= 0) else int(at >= 0)
+
+
+def enclosing(text: str, line: int) -> tuple[str, str]:
+    """(`def` or `class`, name) of the innermost definition around line `line` (from 1), or ("", ""); `text` need not parse."""
+    lines = text.split("\n")
+    depth = next((len(row) - len(row.lstrip()) for row in lines[line - 1 :] if row.strip()), 0)
+    for number in range(min(line, len(lines)) - 1, -1, -1):
+        found = DEFINITION.match(lines[number])
+        if found and (len(found[1]) < depth or number == line - 1):
+            return found[2], found[3]
+        if lines[number].strip():
+            depth = min(depth, len(lines[number]) - len(lines[number].lstrip()))
+    return "", ""
+
+
+# ---- requests
+
+
+def subject(message: str, path: str) -> str:
+    """What a commit's first line asks for, as an imperative: without ticket numbers, prefixes, past tense and the file's name;
+    "" when it says little."""
+    text = NOISE.sub("", PREFIX.sub("", message.strip().split("\n")[0][:200])).strip(" .,:;-")
+    text = re.split(r"(?<=\w)[.!;] |\s{2,}", text)[0].strip()
+    text = text[: text.rfind("(")].rstrip() if text.count("(") > text.count(")") else text
+    text = re.sub(rf" (?:in|of|from|to|for) `?(?:[\w/]*/)?{re.escape(Path(path).name)}`?(?=\W|$)", "", text)
+    text = re.sub(r"\b(\w+) \1\b", r"\1", re.sub(r"(?: (?:in|for|of|to|from|see|and|with|by|addresses|as|on|cf))+$", "", text, flags=re.I))
+    first, _, rest = text.partition(" ")
+    verb = PAST.get(first.lower(), first.lower())
+    told = (
+        re.match(r"do(?:n't| not)\b", text, re.I)
+        or re.search(r"\b(?:added|fixed|removed|changed|updated)\b", rest)
+        or text.count("(") != text.count(")")
+        or VAGUE.fullmatch(text)
+    )
+    return f"{verb} {rest}" if verb in EDIT_VERBS and len(rest.split()) >= 2 and not told else ""
+
+
+def edit_request(rng: random.Random, what: str, name: str, path: str, before: str, after: str, found: list[Hunk]) -> str:
+    """A request from which the edit follows: the commit's words where they say what to do, else the lines or the patch."""
+    slots = {"what": what, "file": path, "name": name}
+    old, new = (text.strip() for text in (found[0].narrow, found[0].new))
+    one_line = found[0].narrow == found[0].old and "\n" not in old + new and "`" not in old + new and len(old + new) < 160
+    exact = len(found) == 1 and one_line and old and new and old != new
+    patch = "\n".join(list(difflib.unified_diff(before.splitlines(), after.splitlines(), "", "", lineterm="", n=1))[2:])
+    if what and (rng.random() < 0.8 or not exact):
+        return fill(pick(rng, "edit_symbol" if name and rng.random() < 0.5 else "edit_file"), slots)
+    if exact:
+        return fill(pick(rng, "quote"), slots | {"old": old, "new": new})
+    if len(patch) > MAX_PATCH_CHARS or "```" in patch:
+        raise Unsuitable("the message says too little")
+    return f"{fill(pick(rng, 'patch'), slots)}\n```diff\n{patch}\n```"
+
+
+def modify_request(rng: random.Random, item: Item, prose: str, path: str) -> str:
+    """The request of an instruct row, with its code moved into the file that it now speaks of."""
+    text = worded(rng, replace(item, request=prose.strip(" :\n"), context="")).replace(HERE, f"(it's in {path})").rstrip(" :\n")
+    if path in text:
+        return text
+    if re.search(r"\b(?:of|for|to|with|in|from|on)$", text):
+        return f"{text} the code in {path}"
+    referred = REFERENCE.search(text)
+    if referred and rng.random() < 0.8:
+        start, end = referred.span(1 if referred[1] else 2)
+        before = text[: referred.start()].rstrip()
+        return f"{before} the {text[start:end].lower()} in {path}{text[referred.end() :]}".strip()
+    return fill(pick(rng, "modify"), {"request": text, "file": path})
+
+
+# ---- tasks
+
+
+def sides(item: Item) -> tuple[str, str]:
+    """(before, after) of an edit. Raises Unsuitable for what is none, or can't be written by the tools."""
+    before, after = item.before, item.after
+    if "\r" in before + after:
+        raise Unsuitable("carriage returns")
+    if not before.strip() or not after.strip() or before == after:
+        raise Unsuitable("nothing to edit")
+    # the tools end a file with a line break where it had one
+    return before, after + "\n" if before.endswith("\n") and not after.endswith("\n") else after
+
+
+def shortened(rng: random.Random, path: str) -> str:
+    """A path of a repository as it is, or its last parts: as if the project were smaller."""
+    parts = path.split("/")
+    return "/".join(parts[rng.choice([0, 0, -3, -2, -1 if parts[-1] != "__init__.py" else -2]) :] if len(parts) > 3 else parts)
+
+
+def edit(rng: random.Random, item: Item, project: Project, mixture: Mixture) -> Task:
+    """A row of a data set of edits."""
+    before, after = sides(item)
+    path = shortened(rng, re.sub(r"[^\w./-]+", "_", item.path)) if item.path else file_name("", before)
+    found = list(hunks(before, after))
+    name = item.symbol.rpartition(".")[2] if re.fullmatch(r"[\w.]+", item.symbol) else enclosing(before, found[0].line)[1]
+    request = edit_request(rng, subject(item.request, path), name, path, before, after, found)
+    return change_task(rng, "edit", item, request, path, (before, after), found, project, mixture)
+
+
+def modification(rng: random.Random, item: Item, before: str, prose: str, project: Project, mixture: Mixture) -> Task:
+    """An instruct row whose request brings the code that its response changes."""
+    after = python_of(item)
+    if before == after:
+        raise Unsuitable("nothing to edit")
+    if ASKS.search(prose):
+        raise Unsuitable("asks for words, not for an edit")
+    path = file_name(item.request, before if parses(before) else after)
+    found = list(hunks(before, after))
+    request = modify_request(rng, item, prose, path)
+    return change_task(rng, "modify", item, request, path, (before, after), found, project, mixture)
+
+
+def change_task(rng, kind: str, item: Item, request: str, path: str, texts: tuple[str, str], found: list[Hunk], project, mixture) -> Task:
+    """Search where that helps, read what is needed, edit, now and then see whether it compiles, and say so."""
+    before, after = texts
+    if not SAFE_PATH.fullmatch(path) or len(path) > MAX_PATH_CHARS:
+        raise Unsuitable("a path that no one would type")
+    word, name = enclosing(before, found[0].line)
+    heads = [number for number, line in enumerate(before.split("\n"), 1) if name and f"{word} {name}" in line]
+    shown, long = path in request, before.count("\n") > LONG_FILE
+    others = neighbours(rng, project, path, before, 2) if project and rng.random() < (0.3 if shown else 0.7) else {}
+    files = dict(sorted({**others, path: before}.items()))
+    steps: list[Step] = []
+    if len(heads) == 1 and "Grep" in mixture.tools and (long or not shown or rng.random() < 0.5):
+        args = {"pattern": f"{word} {name}"} | ({"path": path} if shown else {})
+        steps.append(Step("search", "Grep", args, f"{path}:{heads[0]}:", {"name": name}))
+    elif not shown:
+        raise Unsuitable("nothing to search for")
+    steps += readings(path, found, heads[0] if steps and long else 0)
+    one = name and not name.startswith("__") and {enclosing(before, hunk.line)[1] for hunk in found[1:]} <= {name}
+    slots = {"name": name if one else Path(path).stem, "file": path}
+    task = Task(kind, item.source, request, files, (*steps, Step("changed" if one else "reworked")), slots, {path: after})
+    return checked(rng, task, "", replace(mixture, run=False)) if path.endswith(".py") else task
+
+
+def readings(path: str, found: list[Hunk], head: int) -> Iterator[Step]:
+    """Read and Edit by turns: the whole file once, or, with the line of a definition, from there what lies around the next edits."""
+    seen = 0
+    for number, hunk in enumerate(found):
+        if not head and not number:
+            yield Step("read", "Read", {"file_path": path}, "    1→")
+        elif head and hunk.line + hunk.old.count("\n") > seen:
+            first, last = max(1, hunk.line - MARGIN), hunk.line + hunk.old.count("\n") + MARGIN
+            first = min(first, head) if not number and first - head < LONG_FILE else first
+            for later in found[number + 1 :]:
+                last = (
+                    max(last, later.line + later.old.count("\n") + MARGIN) if later.line - last < 20 and later.line - first < 60 else last
+                )
+            args = {"file_path": path, "offset": str(first), "limit": str(last - first + 1)}
+            yield Step("read_on" if number else "read_part", "Read", args, f"{first:>5}→")
+            seen = last
+        seen += hunk.new.count("\n") - hunk.old.count("\n")
+        yield replace(edit_step(path, hunk.old, hunk.new, "next_edit" if number else "edit"), narrow=hunk.narrow)
+
+
+def task_of(rng: random.Random, item: Item, project: Project, mixture: Mixture, admits: Callable[[str], bool]) -> Task:
+    """What a row of any data set is good for: an edit, a modification, or a solution. Raises Unsuitable."""
+    if max(map(len, (item.request, item.context, item.response, item.before, item.after))) > MAX_ROW_CHARS:
+        raise Unsuitable("too long")
+    if item.before or item.after:
+        return edit(rng, item, project, mixture)
+    before, prose = code_given(item)
+    if before and is_change(before, python_of(item)):
+        return modification(rng, item, before, prose, project, mixture)
+    return solution(rng, item, project, mixture, admits)
