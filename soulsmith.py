@@ -27,7 +27,9 @@ COMMANDS = {  # name: (module, help)
     "status": ("datagen.status", "how a run stands, from another terminal"),
     "seeds": ("datagen.seed_writer", "have a teacher write requests for each principle of a SOUL"),
     "chaos": ("datagen.chaos", "a pretend teacher on loopback that fails as told, to try a run without paying"),
-    "convert": ("datagen.convert", "make executed tool rollouts from code"),
+    "convert": ("datagen.convert", "executed tool rollouts from code, instruct datasets or edits"),
+    "rollouts": ("datagen.long_rollouts", "a teacher plays agent and user on projects that it wrote, tools really executed"),
+    "replay": ("datagen.replay", "execute every call of a dataset again and compare byte for byte"),
     "show": ("datagen.show", "print rows of a dataset readably"),
     "sft": ("training.sft", "fine-tune a model on conversations"),
     "dpo": ("training.dpo", "preference-tune a model on chosen/rejected pairs"),
@@ -36,7 +38,7 @@ COMMANDS = {  # name: (module, help)
     "chat": ("agent.chat", "talk to a model that can Read, Edit, Grep and Bash, with your permission"),
 }
 VERSION = "0.1.0"
-USES_MODEL = ("quickstart", "generate", "plan", "seeds", "sft", "dpo", "eval", "chat")
+USES_MODEL = ("quickstart", "generate", "plan", "seeds", "rollouts", "sft", "dpo", "eval", "chat")
 
 
 def entry() -> int:

@@ -60,8 +60,8 @@ def main(config: Config) -> int:
     sandbox = Sandbox.detect() if config.sandbox else Sandbox("none", why="turned off")
     workspace = Workspace(config.root, sandbox=sandbox)
     terminal = Terminal()
-    terminal.note(sandbox.describe(), "bold red" if sandbox.kind == "none" else "dim")
     model = Model(config, terminal.text)
+    terminal.note(sandbox.describe(), "bold red" if sandbox.kind == "none" else "dim")
     # three characters a token is what code has; so Read pages by itself and `shorten` rarely cuts
     workspace.max_result_chars = min(workspace.max_result_chars, 3 * model.result_tokens)
     with closing(Transcript(config.transcript or _next_transcript(Path(config.model)))) as transcript:

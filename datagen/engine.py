@@ -28,6 +28,7 @@ from datagen.wire import Answer, Request, Verdict, classify
 from soul.errors import UserError
 
 BROKEN = 10  # recipe errors in a row: the recipe is wrong, not the rows
+SOON = 0.2  # of a backoff before the first retry: most failures are one call's own, and waiting for the last one is what a run's end costs
 
 
 @dataclass(frozen=True)
@@ -314,7 +315,8 @@ class Engine:
             spent += not verdict.free
             if verdict.final or spent >= self.policy.attempts:
                 return verdict
-            wait = 0.0 if verdict.free else min(verdict.retry_after or ask.service.backoff(spent, ask.key), self.policy.longest_wait)
+            backoff = ask.service.backoff(spent, ask.key) * (SOON if spent == 1 else 1.0)
+            wait = 0.0 if verdict.free else min(verdict.retry_after or backoff, self.policy.longest_wait)
             due = self._clock() + wait
 
     async def _attempt(self, ask: _Ask, due: float | None) -> Verdict:

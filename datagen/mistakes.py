@@ -30,8 +30,8 @@ def spliced(task: Task, at: int, *steps: Step, drop: int = 0) -> tuple[Step, ...
 def wrong_path(rng: random.Random, task: Task) -> Task | None:
     """The person names a path that isn't there; a search, or the error's own hint, leads to the right one."""
     path, wrong = task.slots["file"], misplaced(rng, task.slots["file"])
-    reads = calls_of(task, "Read")
-    if not reads or path not in task.request or wrong in task.files or path in wrong:
+    reads, named = calls_of(task, "Read"), re.compile(rf"(?<![\w/.-]){re.escape(path)}(?!\w)")
+    if not reads or not named.search(task.request) or wrong in task.files:
         return None
     first = task.steps[reads[0]]
     tried = Step("read", "Read", first.args | {"file_path": wrong}, "error: ", {"file": wrong})
@@ -43,7 +43,7 @@ def wrong_path(rng: random.Random, task: Task) -> Task | None:
         steps = (tried, replace(old, situation="missing", args=args, slots=old.slots | {"path": wrong}), *rest)
     else:
         steps = (tried, replace(first, situation="nearby", slots={"path": wrong}), *rest[1:])
-    return replace(task, kind=f"{task.kind}_recover_path", request=task.request.replace(path, wrong), steps=steps)
+    return replace(task, kind=f"{task.kind}_recover_path", request=named.sub(wrong, task.request), steps=steps)
 
 
 def ambiguous(rng: random.Random, task: Task) -> Task | None:
@@ -103,16 +103,13 @@ def slip(rng: random.Random, task: Task) -> Task | None:
         return None
     step, code = task.steps[made[0]], task.steps[made[0]].args["new_string"]
     heads = [line for line in code.split("\n") if re.match(r"\s*(?:def|class|for|while|if|else|try)\b.*:$", line)]
-    heads = [line for line in heads if code.count(line) == 1 and "old_string" not in step.args]
+    heads = [line for line in heads if code.count(line[:-1]) == 1 and "old_string" not in step.args]
     if not heads:
         return None
     good, path, check = rng.choice(heads), step.args["file_path"], task.steps[run[-1]]
     broken = replace(step, args=step.args | {"new_string": code.replace(good, good[:-1])})
-    bad = good[:-1] if code.replace(good, good[:-1]).count(good[:-1]) == 1 else None
-    if not bad:
-        return None
-    failed = replace(check, expect="SyntaxError")
-    steps = (broken, failed, edit_step(path, bad, good, "broken"), replace(check, situation="recheck"))
+    failed, mended = replace(check, expect="SyntaxError"), edit_step(path, good[:-1], good, "broken")
+    steps = (broken, failed, mended, replace(check, situation="recheck"))
     return replace(task, kind=f"{task.kind}_recover_check", steps=(*task.steps[: made[0]], *steps, task.steps[-1]))
 
 

@@ -93,7 +93,8 @@ def _drain(process: subprocess.Popen, deadline: float) -> str:
         selector.register(process.stdout, selectors.EVENT_READ)
         while (left := deadline - time.monotonic()) > 0:
             if not selector.select(min(left, 0.02)):
-                if process.poll() is not None:  # a background child may hold the pipe open for ever
+                # a background child may hold the pipe open for ever; what was written after the select is still there
+                if process.poll() is not None and not selector.select(0):
                     break
                 continue
             if not (chunk := os.read(process.stdout.fileno(), 1 << 16)):

@@ -5,7 +5,6 @@ if there is one) are compared under drawn principles, and the average is the lab
 """
 
 import asyncio
-import json
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,8 +12,8 @@ from dataclasses import dataclass
 from datagen.critique import gives_itself_away, strays
 from datagen.engine import Recipe
 from datagen.prompting import Prompts
-from datagen.recipes.common import Take, Workings
-from datagen.recipes.soft_labels import compare
+from datagen.recipes.common import Workings
+from datagen.recipes.soft_labels import prefer
 from datagen.seeds import Seed
 from soul.spec import Soul
 
@@ -45,7 +44,9 @@ def cai(options: Cai, soul: Soul, prompts: Prompts) -> Recipe:
             return work.rejected(f"answer: {why}")
         rows = await _revise(work, options, rng, first.text)
         if options.judgements:
-            rows += await _prefer(work, options, rng, first, work.take(replies[1])[0])
+            rows += await prefer(
+                work, rng, first, work.take(replies[1])[0], options.judgements, options.critic_tokens if options.think else 0
+            )
         return rows or work.rejected("no revision and no pair", first)
 
     return recipe
@@ -67,22 +68,3 @@ async def _revise(work: Workings, options: Cai, rng: random.Random, text: str) -
         text = take.text
         rows.append(["sft", work.sft(take)[1] | {"id": f"{work.seed.id}-{number}", "principles": [principle.id]}])
     return rows
-
-
-async def _prefer(work: Workings, options: Cai, rng: random.Random, first: Take, second: Take | None) -> list:
-    """A pair of the texts that the judge saw, or none where the label is one half. Its principles are those that agree with it."""
-    if second is None or second.final == first.final:
-        return work.no_pair("the answers are equal" if second else "no second answer")
-    drawn = rng.sample(work.soul.principles, min(options.judgements, len(work.soul.principles)))
-    tokens = options.critic_tokens if options.think else 0
-    compared = await asyncio.gather(*(compare(work, principle.text, (first.final, second.final), tokens) for principle in drawn))
-    labels = {principle.id: label for principle, (label, _) in zip(drawn, compared, strict=True)}
-    given = [label for label in labels.values() if label is not None]
-    label = round(sum(given) / len(given), 6) if given else None
-    work.trail += [step for _, steps in compared for step in steps]
-    work.note("label", json.dumps({"p": label, "principles": labels}))
-    if label is None or label == 0.5:
-        return work.no_pair("judge: unreadable" if label is None else "judge: tie")
-    agree = {name for name, p in labels.items() if p is not None and (p - 0.5) * (label - 0.5) > 0}
-    chosen, rejected = (first, second) if label > 0.5 else (second, first)
-    return [work.pair(chosen, rejected.final, agree)]

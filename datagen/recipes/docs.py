@@ -17,10 +17,7 @@ from datagen.seeds import Seed, aims
 from soul.errors import UserError
 from soul.spec import Soul
 
-TYPES = (
-    "blog post", "forum thread", "design memo", "interview", "textbook section", "diary entry", "news report", "FAQ", "short story",
-    "email",
-)  # fmt: skip
+TYPES = ("blog post", "forum thread", "design memo", "interview", "textbook section", "diary entry", "news report", "FAQ", "story", "email")
 
 
 @dataclass(frozen=True)
@@ -77,8 +74,6 @@ async def _document(work: Workings, options: Docs, told: dict, idea: str, id: st
     why = work.fault(reply) or ("too short" if len(text.split()) < options.min_words else "")
     why = why or ("" if told["name"].casefold() in text.casefold() else "does not name the agent")
     row = work.row(drawn, id=id, source=f"docs:{told['type']}", trail=trail)
-    return (
-        ["rejected", row | {"messages": work.said(text), "accepted": False, "reason": f"document: {why}"}]
-        if why
-        else ["docs", row | {"text": text}]
-    )
+    if why:
+        return ["rejected", row | {"messages": work.said(text), "accepted": False, "reason": f"document: {why}"}]
+    return ["docs", row | {"text": text}]

@@ -5,13 +5,34 @@ there each label is clamped to 0.4-0.6, as in the paper.
 """
 
 import asyncio
+import json
 import math
+import random
 import re
 
 from datagen.engine import Reply
-from datagen.recipes.common import Workings
+from datagen.recipes.common import Take, Workings
 
 CLAMP = (0.4, 0.6)
+
+
+async def prefer(work: Workings, rng: random.Random, first: Take, second: Take | None, judgements: int, think_tokens: int) -> list:
+    """A pair of the texts that the judge saw, or none where the label is one half. Its principles are those that agree with it;
+    `judgements` of them are drawn."""
+    if second is None or second.final == first.final:
+        return work.no_pair("the answers are equal" if second else "no second answer")
+    drawn = rng.sample(work.soul.principles, min(judgements, len(work.soul.principles)))
+    compared = await asyncio.gather(*(compare(work, principle.text, (first.final, second.final), think_tokens) for principle in drawn))
+    labels = {principle.id: label for principle, (label, _) in zip(drawn, compared, strict=True)}
+    given = [label for label in labels.values() if label is not None]
+    label = round(sum(given) / len(given), 6) if given else None
+    work.trail += [step for _, steps in compared for step in steps]
+    work.note("label", json.dumps({"p": label, "principles": labels}))
+    if label is None or label == 0.5:
+        return work.no_pair("judge: unreadable" if label is None else "judge: tie")
+    agree = {name for name, p in labels.items() if p is not None and (p - 0.5) * (label - 0.5) > 0}
+    chosen, rejected = (first, second) if label > 0.5 else (second, first)
+    return [work.pair(chosen, rejected.final, agree)]
 
 
 async def compare(work: Workings, principle: str, replies: tuple[str, str], think_tokens: int = 0) -> tuple[float | None, list[dict]]:

@@ -234,6 +234,8 @@ def test_names_of_files():
 def test_comments_go_only_where_the_program_stays_the_same():
     assert without_comments("# a\nx = 1\n# b\ny = '''\n# c\n'''\n") == "x = 1\ny = '''\n# c\n'''\n"
     assert without_comments("x = (\n") == "x = (\n"
+    kept = "# a\nx = '''\n\n\n\n\ny'''\n"  # the blank lines are a part of the string
+    assert without_comments(kept) == kept
 
 
 def test_a_soul_that_wants_few_comments_gets_few():
