@@ -129,7 +129,9 @@ def test_chat_seeds_are_varied_and_depend_on_the_seed_alone(stdlib):
 
 
 def test_requests_fill_every_mark_and_leave_slots_alone():
-    slots = {mark: f"<{{{mark}}}>" for mark in ("name", "file", "doc", "sig", "new", "old", "arg", "id", "request", "what", "path", "command")}
+    slots = {
+        mark: f"<{{{mark}}}>" for mark in ("name", "file", "doc", "sig", "new", "old", "arg", "id", "request", "what", "path", "command")
+    }
     for kind, templates in REQUESTS.items():
         assert len(templates) == len(set(templates))
         for seed in range(60):
