@@ -15,7 +15,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from datagen.admission import Admission
@@ -302,7 +302,7 @@ class Engine:
     async def _answer(self, ask: _Ask) -> Verdict:
         if kept := self.journal.reply(ask.key):
             self.counts["replayed"] += 1
-            verdict = classify(kept, now=self._wall(), asked=ask.request)
+            verdict = self._read(kept, ask)
         else:
             verdict = await self._try(ask)
         self._check_route(ask.service, verdict)
@@ -334,7 +334,7 @@ class Engine:
                 flight = self.journal.sending(ask.stage, most)
             self.counts["sent"] += 1
             answer = await self._send(service, ask.request)
-            verdict = classify(answer, now=self._wall(), asked=ask.request)
+            verdict = self._read(answer, ask)
             cost = charge(answer, verdict, most)
             self.spent += cost or 0.0
             self._unpriced |= cost is None
@@ -354,6 +354,11 @@ class Engine:
             service.admission.release(lease, ok=good, tokens=_tokens(verdict))
             if not good:
                 self._tell()
+
+    def _read(self, answer: Answer, ask: _Ask) -> Verdict:
+        verdict = classify(answer, now=self._wall(), asked=ask.request)
+        level = getattr(ask.service.teacher, "quantization", {}).get(verdict.provider)  # answers never say it
+        return replace(verdict, quantization=level) if level else verdict
 
     async def _send(self, service: Service, request: Request) -> Answer:
         try:

@@ -26,7 +26,7 @@ class OpenRouterTeacher(HttpTeacher):
     pins: providers, or single endpoints such as deepinfra/fp8, that may serve; all others are excluded.
     mixed: accept endpoints of different quantization. distillable: only models whose authors allow training on their output.
     price: instead of the dearest route's.
-    After `open`, `quantization` maps each provider to what it serves, for the dataset card.
+    After `open`, `quantization` maps each provider to what it serves; the engine writes it into the rows.
     """
 
     def __init__(self, model: str, key: str, *, pins: Sequence[str] = (), mixed: bool = False, distillable: bool = True,

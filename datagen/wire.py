@@ -70,6 +70,7 @@ class Verdict:
     cost: float | None = None
     model: str | None = None
     provider: str | None = None
+    quantization: str | None = None
     retry_after: float | None = None
     stops: bool = False
     free: bool = False
@@ -79,8 +80,9 @@ class Verdict:
 
     @property
     def served(self) -> str:
-        """Who answered, as "model@provider", with what is known of it."""
-        return f"{self.model or ''}@{self.provider}" if self.provider else self.model or ""
+        """Who answered, as "model@provider (quantization)", with what is known of it."""
+        name = f"{self.model or ''}@{self.provider}" if self.provider else self.model or ""
+        return f"{name} ({self.quantization})" if name and self.quantization else name
 
     @property
     def final(self) -> bool:

@@ -106,6 +106,14 @@ def test_another_teacher_in_the_same_directory_has_its_own_route(tmp_path):
     assert len(rows) == 12
 
 
+def test_rows_say_the_quantization_that_the_teacher_knows_of_its_providers(tmp_path):
+    said = answer(completion("x", provider="A"))
+    _, rows = run(tmp_path, FakeTeacher(lambda body, n: said, quantization={"A": "fp8"}))
+    assert rows["row0"][1][0][1]["served"] == ["fake-1@A (fp8)"]
+    _, rows = run(tmp_path, teacher := FakeTeacher(lambda body, n: said, quantization={"A": "fp8"}), run_id="again")
+    assert rows["row0"][1][0][1]["served"] == ["fake-1@A (fp8)"] and not teacher.sent  # from the journal, too
+
+
 # --- opening
 
 
