@@ -74,6 +74,11 @@ async def bare(config: Config) -> float:
 
 def soulsmith(config: Config) -> float:
     """The whole command: seeds read, journal, ledger, export, card."""
+    import aiohttp  # noqa: F401  what a run imports by itself, as the bare client does before its time begins
+    import httpx2  # noqa: F401
+    import openai  # noqa: F401
+    import pyarrow.parquet  # noqa: F401
+
     from datagen.generate import Config as Generate
     from datagen.generate import main
     from soul.rows import read_rows
