@@ -109,23 +109,20 @@ class Session:
     teachers: dict[str, Teacher]
     sampling: dict
     setup: dict[str, str]
+    ids: list[str]
+    """Of the seeds that are left, in order."""
 
     @property
     def run_id(self) -> str:
         return sha256_json([WIRE_VERSION, self.soul.hash, self.setup])
 
-    def seeds(self, dropped: Counter | None = None) -> Iterator[Seed]:
-        """Every seed once, streamed; `dropped` counts why others were left out."""
-        config, dropped, seen = self.config, Counter() if dropped is None else dropped, set()
-        stream = read_seeds(config.seeds, config.limit)
-        if config.dedup or config.against:
-            stream = dedup.clean(stream, dedup.texts(config.against), near=config.dedup or 0.0, dropped=dropped)
-        for seed in stream:
-            if seed.id in seen:
-                dropped["repeats another one"] += 1
-                continue
-            seen.add(seed.id)
-            yield seed
+    def seeds(self) -> Iterator[Seed]:
+        """The seeds of `ids`, streamed."""
+        left = set(self.ids)
+        for seed in read_seeds(self.config.seeds, self.config.limit):
+            if seed.id in left:
+                left.remove(seed.id)
+                yield seed
 
     @property
     def facts(self) -> dict:
@@ -158,13 +155,23 @@ def prepare(config: Config) -> Session:
         "recipe": sha256_json([recipes.fingerprint(config.recipe), options and asdict(options)]),
         "teacher": sha256_json({role: [teacher.base_url, teacher.name] for role, teacher in teachers.items()}),
     }  # fmt: skip
-    session = Session(config, soul, prompts, recipe, teachers, sampling, setup)
-    dropped: Counter = Counter()
-    if not sum(1 for _ in session.seeds(dropped)):  # every row is read before any is paid for
+    return Session(config, soul, prompts, recipe, teachers, sampling, setup, wanted(config))
+
+
+def wanted(config: Config) -> list[str]:
+    """Ids of the seeds to answer, each once; every row is read before any is paid for, and what is left out is told."""
+    dropped, ids = Counter(), {}
+    stream = read_seeds(config.seeds, config.limit)
+    if config.dedup or config.against:
+        stream = dedup.clean(stream, dedup.texts(config.against), near=config.dedup or 0.0, dropped=dropped)
+    for seed in stream:
+        dropped["repeats another one"] += seed.id in ids
+        ids[seed.id] = None
+    if not ids:
         raise UserError("has no rows", where=config.seeds)
-    for why, count in dropped.items():
+    for why, count in (+dropped).items():
         console.print(plain(f"{count} seeds left out: {why}"))
-    return session
+    return list(ids)
 
 
 def sampling_of(config: Config, soul: Soul) -> dict:
@@ -202,7 +209,7 @@ def main(config: Config) -> int:
 
 def plan_rows(session: Session, journal: Journal) -> None:
     """Write down which rows this run is about, and under what it is made."""
-    journal.plan(seed.id for seed in session.seeds())
+    journal.plan(session.ids)
     journal.note("run", {"id": session.run_id, "soul": since.soul_facts(session.soul), "setup": session.setup})
 
 

@@ -66,7 +66,7 @@ def main(config: Config) -> int:
     journal = Journal(config.run.out)
     try:
         plan_rows(session, journal)
-        ids, again = [seed.id for seed in session.seeds()], None
+        ids, again = session.ids, None
         if config.run.since:
             ids, again = _touched(session, ids)
         chosen, seconds = draw(ids, config.pilot), {}
