@@ -14,8 +14,8 @@ from soul.console import progress
 from soul.files import sha256_json, write_atomic
 from training import losses, preflight
 from training.data import Packed, load_rows, pair
-from training.fit import Programs
 from training.optim import OptimConfig
+from training.programs import Programs, plain_logprobs
 from training.run import TrainConfig, identity_of, setup, train
 
 
@@ -49,18 +49,18 @@ def main(config: Config) -> int:
         preflight.check_pair(this.template, item, this.vocab_size)
     packed = Packed.build(items, config.train.length, config.train.batch_rows, config.train.seed)
     preflight.summary(packed, this.template, "DPO", this.steps(packed))
-    identity = identity_of(this, packed, {"beta": config.beta, "smoothing": config.smoothing, "nll": config.nll})
+    settings = {"beta": config.beta, "smoothing": config.smoothing, "nll": config.nll}
     graph, params = nnx.split(this.loaded.model)
-    programs = Programs(graph, losses.dpo(config.beta, config.smoothing, config.nll))
+    programs = Programs(plain_logprobs(graph), losses.dpo(config.beta, config.smoothing, config.nll), fused=False)
     needed = sorted({packed.block_of(k) for k in range(this.steps(packed) * config.train.accumulate)})
-    reference = reference_logprobs(this.directory, packed, needed, programs, params, identity)
+    reference = reference_logprobs(this.directory, packed, needed, programs, params, identity_of(this, packed, settings))
 
     def batch(k: int) -> dict:
         number = packed.block_of(k)
         return packed.block(number) | {"reference": reference[number]}
 
     check_first_batch(programs, params, batch(0), config)
-    return train(this, packed, programs, batch, identity, {"stage": "dpo", "soul_hash": rows[0]["soul_hash"]})
+    return train(this.job(packed, programs, batch, settings, {"stage": "dpo", "soul_hash": rows[0]["soul_hash"]}))
 
 
 def reference_logprobs(directory: Path, packed: Packed, needed: list[int], programs: Programs, params, identity: dict) -> np.ndarray:
@@ -80,7 +80,7 @@ def reference_logprobs(directory: Path, packed: Packed, needed: list[int], progr
         with progress("reference", len(missing), "batches") as show:
             for done, number in enumerate(missing):
                 show(done)
-                out[number] = programs.forward(params, jax.device_put(packed.block(number)))[0]
+                out[number] = programs.forward(params, None, jax.device_put(packed.block(number)))[0]
             show(len(missing))
         file = io.BytesIO()
         np.save(file, out, allow_pickle=False)
@@ -91,6 +91,6 @@ def reference_logprobs(directory: Path, packed: Packed, needed: list[int], progr
 def check_first_batch(programs: Programs, params, batch: dict, config: Config) -> None:
     """Policy and reference are the same weights before the first step: refuse (UserError) unless the loss says so."""
     known = {name: value for name, value in batch.items() if name != "reference"}
-    logp_n, _ = programs.forward(params, jax.device_put(known))
+    logp_n, _ = programs.forward(params, None, jax.device_put(known))
     margins = losses.margins(logp_n, batch, config.beta)
     preflight.check_step_zero(np.asarray(margins), np.asarray(losses.sigmoid(margins, config.smoothing)))

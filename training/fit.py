@@ -1,8 +1,4 @@
-"""The one training loop: SFT and DPO differ only in the loss and the batches that they hand to `fit`.
-
-A step is four compiled programs: forward (log-probs and pullback), loss, backward, update. The forward is a program of its own, so that the
-reference log-probs of DPO come out of the very executable that the policy's do, and equal weights give equal bits.
-"""
+"""The one training loop: pretraining, SFT and DPO differ only in the programs and the batches that they hand to `fit`."""
 
 import json
 import os
@@ -17,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
-from soul.console import console, progress
-from training import losses
+from soul.console import console, plain, progress
+from training.programs import Programs
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["params", "opt_state"], meta_fields=[])
@@ -41,49 +36,32 @@ class FitConfig:
     """Micro-batches per step."""
     checkpoint_minutes: float = 5.0
     """Minutes between checkpoints: each is three times the weights (1.6 GB for 135M)."""
+    checkpoint_steps: int = 0
+    """Steps between checkpoints, beside the minutes (0: by the clock only)."""
+
+
+@dataclass(frozen=True)
+class Eval:
+    """`run(step, state)` gives numbers, after every `every` steps and after the last (0: after the last only)."""
+
+    run: Callable[[int, TrainState], dict[str, float]]
+    every: int = 0
+
+    def due(self, step: int, steps: int) -> bool:
+        return step == steps or (self.every > 0 and step % self.every == 0)
 
 
 @dataclass(frozen=True)
 class Hooks:
-    """What the loop needs from outside. `save(step, state)` must be durable when it returns."""
+    """What the loop needs from outside. `save(step, state)` must have copied the state when it returns: the next step donates it."""
 
     save: Callable[[int, TrainState], None]
     metrics: Path
     rate: Callable[[int], float] = lambda step: 0.0
     """The learning rate of a step, to be written down."""
     title: str = "training"
+    evals: tuple[Eval, ...] = ()
     clock: Callable[[], float] = time.monotonic
-
-
-class Programs:
-    """The compiled programs of one model and loss."""
-
-    def __init__(self, graph, loss: Callable):
-        def forward(params, batch):
-            return jax.vjp(lambda p: losses.token_logprobs(graph, p, batch), params)
-
-        def backward(pullback, g_n):
-            return pullback(g_n)[0]
-
-        def add(a, b):
-            return jax.tree.map(jnp.add, a, b)
-
-        self.forward, self.backward, self.add = jax.jit(forward), jax.jit(backward), jax.jit(add, donate_argnums=0)
-        self.loss = jax.jit(jax.value_and_grad(loss, has_aux=True))
-
-    def gradients(self, params, batch: dict):
-        """(sum, (count, sums)) of one micro-batch, and the gradient of the sum."""
-        logp_n, pullback = self.forward(params, batch)
-        value, g_n = self.loss(logp_n, batch)
-        return value, self.backward(pullback, g_n)
-
-    def accumulated(self, params, batches: list[dict]):
-        """Sums, counts and gradients over all micro-batches."""
-        value, grads = self.gradients(params, batches[0])
-        for batch in batches[1:]:
-            more, more_grads = self.gradients(params, batch)
-            value, grads = self.add(value, more), self.add(grads, more_grads)
-        return value, grads
 
 
 def _update(optimizer, state: TrainState, grads, value):
@@ -101,7 +79,7 @@ def updater(optimizer: optax.GradientTransformation) -> Callable:
 
 
 def fit(programs: Programs, optimizer: optax.GradientTransformation, state: TrainState, batches: Callable[[int], dict], config: FitConfig,
-        hooks: Hooks, *, start: int = 0) -> tuple[TrainState, int]:  # fmt: skip
+        hooks: Hooks, *, start: int = 0, frozen: Any = None) -> tuple[TrainState, int]:  # fmt: skip
     """Train from step `start` to `config.steps`; gives the state and the step that it stands at, fewer than asked after a signal.
 
     `batches(k)` is micro-batch k, a pure function, so the step number alone says where the data stands. SIGINT and SIGTERM save at the next
@@ -112,14 +90,19 @@ def fit(programs: Programs, optimizer: optax.GradientTransformation, state: Trai
         show(start)
         while step < config.steps and not stopped.is_set():
             micro = [batches(step * config.accumulate + i) for i in range(config.accumulate)]
-            value, grads = programs.accumulated(state.params, [jax.device_put(batch) for batch in micro])
+            value, grads = programs.accumulated(state.params, frozen, micro)
             state, metrics = update(state, grads, value)
             del grads  # half a gigabyte that the next forward can use
             log.read()
-            log.defer({"step": step, "lr": hooks.rate(step), "tokens": sum(int((b["segments"] > 0).sum()) for b in micro),
+            log.defer({"step": step, "lr": hooks.rate(step), "tokens": sum(map(_tokens, micro)),
                        "supervised": sum(int(b["weights"].sum()) for b in micro)}, metrics)  # fmt: skip
             step += 1
-            if step < config.steps and hooks.clock() - saved >= 60 * config.checkpoint_minutes:
+            for eval_ in hooks.evals:
+                if eval_.due(step, config.steps):
+                    log.read()
+                    log.evaluated(step, eval_.run(step, state))
+            timed = hooks.clock() - saved >= 60 * config.checkpoint_minutes
+            if step < config.steps and (timed or (config.checkpoint_steps and step % config.checkpoint_steps == 0)):
                 log.read()
                 hooks.save(step, state)
                 saved = hooks.clock()
@@ -131,13 +114,17 @@ def fit(programs: Programs, optimizer: optax.GradientTransformation, state: Trai
     return state, step
 
 
+def _tokens(batch: dict) -> int:
+    return int((batch["segments"] > 0).sum()) if "segments" in batch else batch["ids"].size
+
+
 class _Metrics:
     """metrics.jsonl, a line per step, flushed; lines of steps that a resumed run will do again are taken out first."""
 
     def __init__(self, hooks: Hooks, start: int):
         self.clock, self.note, self.waiting = hooks.clock, "", None
         hooks.metrics.parent.mkdir(parents=True, exist_ok=True)
-        kept = [line for line in read_metrics(hooks.metrics) if line["step"] < start]
+        kept = [line for line in _lines(hooks.metrics) if line["step"] < start + ("eval" in line)]
         temporary = hooks.metrics.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         os.replace(temporary, hooks.metrics)
@@ -153,6 +140,16 @@ class _Metrics:
     def defer(self, known: dict, metrics: dict) -> None:
         self.waiting = known, metrics
 
+    def evaluated(self, step: int, values: dict[str, float]) -> None:
+        """Write down an eval of the state after `step` steps; its time doesn't count as training."""
+        self._write({"step": step, "eval": values})
+        console.print(plain(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items())))
+        self.last = self.clock()
+
+    def _write(self, line: dict) -> None:
+        self.file.write(json.dumps(line) + "\n")
+        self.file.flush()
+
     def read(self) -> None:
         if self.waiting is None:
             return
@@ -162,8 +159,7 @@ class _Metrics:
         now = self.clock()
         seconds, self.last = now - self.last, now
         line = known | values | {"seconds": round(seconds, 3), "tokens_per_s": round(known["tokens"] / seconds, 1) if seconds > 0 else 0.0}
-        self.file.write(json.dumps(line) + "\n")
-        self.file.flush()
+        self._write(line)
         accuracy = f" accuracy {values['accuracy']:.2f}" if "accuracy" in values else ""
         self.note = f"loss {values['loss']:.3f}{accuracy} {line['tokens_per_s']:,.0f} tok/s"
         if not np.isfinite(values["loss"]):
@@ -171,7 +167,16 @@ class _Metrics:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The lines of a metrics.jsonl; a last line cut by a crash is left out."""
+    """The lines of a metrics.jsonl, one a step; a last line cut by a crash is left out."""
+    return [line for line in _lines(path) if "eval" not in line]
+
+
+def read_evals(path: Path) -> list[dict]:
+    """{"step", "eval": {name: number}} of each evaluation on the way."""
+    return [line for line in _lines(path) if "eval" in line]
+
+
+def _lines(path: Path) -> list[dict]:
     lines = []
     if path.exists():
         for text in path.read_text(encoding="utf-8").splitlines():

@@ -12,14 +12,15 @@ from model import ops
 
 
 def token_logprobs(graph, params, batch: dict) -> jax.Array:
-    """log p of each supervised token, N in fp32; the head is computed at those positions only."""
+    """log p of each supervised token, N in fp32; the head is computed at those positions only (all of them where the batch has no `at`)."""
     model = nnx.merge(graph, params)
-    x_btd = model.hidden(batch["ids"], batch["positions"], batch["segments"])
-    return ops.token_logprobs(x_btd.reshape(-1, x_btd.shape[-1])[batch["at"]], model.head_vd(), batch["targets"], model.compute)
+    x_btd = model.hidden(batch["ids"], batch.get("positions"), batch.get("segments"))
+    x_nd = x_btd.reshape(-1, x_btd.shape[-1])
+    return ops.token_logprobs(x_nd[batch["at"]] if "at" in batch else x_nd, model.head_vd(), batch["targets"], model.compute)
 
 
-def sft(logp_n: jax.Array, batch: dict):
-    """Negative log-likelihood of the supervised tokens."""
+def nll(logp_n: jax.Array, batch: dict):
+    """Negative log-likelihood of the supervised tokens: the loss of pretraining and SFT."""
     return -jnp.sum(logp_n * batch["weights"]), (jnp.sum(batch["weights"]), {})
 
 

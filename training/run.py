@@ -1,25 +1,34 @@
-"""What the commands `sft` and `dpo` share: settings, loading, resuming, the loop, saving."""
+"""What the commands `pretrain`, `sft` and `dpo` share: settings, loading, resuming, the loop, saving."""
 
 import hashlib
+import resource
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
 
 from model import checkpoint, ops
-from model.load import Loaded, load_model, save_model
+from model.config import ModelConfig
+from model.load import Loaded, load_model
+from model.tokenizer import Tokenizer
 from soul.console import console
 from soul.errors import UserError
 from soul.files import read_json, write_json
 from soul.template import Template
 from training import preflight
 from training.data import Packed, Pair
-from training.fit import FitConfig, Hooks, Programs, TrainState, fit
+from training.fit import Eval, FitConfig, Hooks, TrainState, fit
 from training.optim import OptimConfig, adamw, schedule
+from training.programs import Programs
+
+UNTRAINED = ("checkpoint_minutes", "checkpoint_steps", "keep", "keep_every", "mesh")  # settings that the trained bits don't depend on
 
 
 @dataclass(frozen=True)
@@ -39,8 +48,48 @@ class TrainConfig:
     compute: str = "auto"
     """How products are taken: auto, fp32 or bf16 (weights and optimizer are always fp32)."""
     checkpoint_minutes: float = 5.0
-    """Minutes between checkpoints, each three times the weights (1.6 GB for 135M); the newest is kept."""
+    """Minutes between checkpoints, each three times the weights (1.6 GB for 135M)."""
+    checkpoint_steps: int = 0
+    """Steps between checkpoints, beside the minutes; 0: by the clock only."""
+    keep: int = 1
+    """How many of the newest checkpoints stay."""
+    keep_every: int = 0
+    """Checkpoints of steps that this divides stay for good; 0: none."""
+    mesh: str = "auto"
+    """Devices: auto, or sizes such as data=2,fsdp=4."""
     optim: OptimConfig = field(default_factory=OptimConfig)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training, whatever its stage: what `train` needs to start it, go on with it and save what came out.
+
+    `params` is what is trained and `frozen` what is not (None, or the base under adapters); `merge(params)` gives the weights of the model
+    to save. `warm(opt_state)` may replace the fresh optimizer state, `after(params)` runs when the model is saved.
+    """
+
+    directory: Path
+    command: str
+    """What the person types to go on."""
+    steps: int
+    batches: Callable[[int], dict]
+    programs: Programs
+    optimizer: optax.GradientTransformation
+    rate: optax.Schedule
+    params: Any
+    identity: dict
+    """What makes this run this run: a directory that holds another one is refused."""
+    model: ModelConfig
+    tokenizer: Tokenizer
+    meta: dict
+    config: TrainConfig
+    frozen: Any = None
+    merge: Callable[[Any], Any] = lambda params: params
+    warm: Callable[[Any], Any] = lambda opt_state: opt_state
+    evals: tuple[Eval, ...] = ()
+    keep_optimizer: bool = False
+    """Keep the optimizer's state beside the final weights, for a next stage to start from."""
+    after: Callable[[Any], None] = lambda params: None
 
 
 @dataclass(frozen=True)
@@ -56,6 +105,15 @@ class Setup:
     @property
     def vocab_size(self) -> int:
         return self.loaded.config.vocab_size
+
+    def job(self, packed: Packed, programs: Programs, batches: Callable[[int], dict], settings: dict, meta: dict, **more: Any) -> Job:
+        """The training of this base: all of its weights by AdamW, unless `more` says otherwise."""
+        steps, config = self.steps(packed), self.config
+        return Job(**{
+            "directory": self.directory, "command": self.command, "steps": steps, "batches": batches, "programs": programs,
+            "optimizer": adamw(config.optim, steps), "rate": schedule(config.optim, steps), "params": nnx.split(self.loaded.model)[1],
+            "identity": identity_of(self, packed, settings), "model": self.loaded.config, "tokenizer": self.loaded.tokenizer,
+            "meta": self.loaded.meta | meta, "config": config, **more})  # fmt: skip
 
     def steps(self, packed: Packed) -> int:
         """Optimizer steps for the epochs asked, or fewer where `max_tokens` says so."""
@@ -94,37 +152,45 @@ def data_hash(packed: Packed) -> str:
     return digest.hexdigest()
 
 
-def train(this: Setup, packed: Packed, programs: Programs, batches: Callable[[int], dict], identity: dict, meta: dict) -> int:
+def train(job: Job) -> int:
     """Train, or go on with a run that was stopped; afterwards `directory` is a model that `load_model` reads. Gives the exit code.
 
     Raises:
         UserError: when the directory holds a run with another `identity`: its checkpoint must not be gone on with.
     """
-    config, steps, out = this.config, this.steps(packed), this.directory
-    _check_identity(out, identity | {"steps": steps})
+    config, steps, out = job.config, job.steps, job.directory
+    weights = "params" if job.frozen is None else "adapters"  # adapters alone are no model that load_model could read
+    _check_identity(out, job.identity | {"steps": steps})
     if (start := checkpoint.latest(out) or 0) >= steps:
         console.print(f"{out} is already trained ({steps} steps)")
         return 0
-    graph, params = nnx.split(this.loaded.model)
-    optimizer = adamw(config.optim, steps)
-    state = TrainState(params, jax.jit(optimizer.init)(params))
-    meta = this.loaded.meta | meta | {"steps": steps, "identity": identity}
-    checkpoint.describe(out, this.loaded.config, this.loaded.tokenizer, meta)
+    state = TrainState(job.params, job.warm(jax.jit(job.optimizer.init)(job.params)))
+    checkpoint.describe(out, job.model, job.tokenizer, job.meta | {"steps": steps, "identity": job.identity})
     if start:
-        start, items = checkpoint.restore(out, vars(state))
-        state = TrainState(**items)
+        start, items = checkpoint.restore(out, {weights: state.params, "opt_state": state.opt_state})
+        state = TrainState(items[weights], items["opt_state"])
         console.print(f"going on at step {start} of {steps}")
-    rate, limits = schedule(config.optim, steps), FitConfig(steps, config.accumulate, config.checkpoint_minutes)
     hooks = Hooks(
-        save=lambda step, now: checkpoint.save(out, step, vars(now), keep=1),
-        metrics=out / "metrics.jsonl", rate=lambda step: float(rate(step)), title=out.name)  # fmt: skip
-    state, step = fit(programs, optimizer, state, batches, limits, hooks, start=start)
+        save=lambda step, now: checkpoint.save(out, step, {weights: now.params, "opt_state": now.opt_state}, config.keep),
+        metrics=out / "metrics.jsonl", rate=lambda step: float(job.rate(step)), title=out.name,
+        evals=(*job.evals, Eval(lambda step, state: {"peak_gb": peak_bytes() / 1e9})))  # fmt: skip
+    limits = FitConfig(steps, config.accumulate, config.checkpoint_minutes, config.checkpoint_steps)
+    state, step = fit(job.programs, job.optimizer, state, job.batches, limits, hooks, start=start, frozen=job.frozen)
     if step < steps:
-        console.print(f"stopped at step {step} of {steps}. Go on with: {this.command}")
+        console.print(f"stopped at step {step} of {steps}. Go on with: {job.command}")
         return 130
-    save_model(out, nnx.merge(graph, state.params), this.loaded.tokenizer, meta, step=steps)
+    final = job.merge(state.params)
+    checkpoint.save(out, steps, {"params": final} | ({"opt_state": state.opt_state} if job.keep_optimizer else {}), keep=1)
     console.print(f"model: {out}")
+    job.after(final)
     return 0
+
+
+def peak_bytes() -> int:
+    """The most memory this process has had: of the first accelerator, or resident on the host."""
+    stats = jax.devices()[0].memory_stats() or {}
+    unit = 1 if sys.platform == "darwin" else 1024
+    return stats.get("peak_bytes_in_use") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _check_identity(directory: Path, identity: dict) -> None:
@@ -139,7 +205,7 @@ def _check_identity(directory: Path, identity: dict) -> None:
 
 
 def identity_of(this: Setup, packed: Packed, more: dict) -> dict:
-    settings = asdict(this.config) | {"compute": this.loaded.model.compute}
-    del settings["checkpoint_minutes"]
+    settings = {name: value for name, value in asdict(this.config).items() if name not in UNTRAINED}
+    settings["compute"] = this.loaded.model.compute
     _, params = nnx.split(this.loaded.model)
     return {"settings": settings | more, "data": data_hash(packed), "weights": weights_hash(params), "template": this.template.hash}

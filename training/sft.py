@@ -9,8 +9,8 @@ from flax import nnx
 
 from training import losses, preflight
 from training.data import Packed, example, load_rows
-from training.fit import Programs
-from training.run import TrainConfig, identity_of, setup, train
+from training.programs import Programs, plain_logprobs
+from training.run import TrainConfig, setup, train
 
 
 @dataclass(frozen=True)
@@ -37,4 +37,4 @@ def main(config: Config) -> int:
     preflight.summary(packed, this.template, "SFT", this.steps(packed))
     graph, _ = nnx.split(this.loaded.model)
     meta = {"stage": "sft", "soul_hash": rows[0]["soul_hash"]}
-    return train(this, packed, Programs(graph, losses.sft), packed.batch, identity_of(this, packed, {}), meta)
+    return train(this.job(packed, Programs(plain_logprobs(graph), losses.nll), packed.batch, {}, meta))

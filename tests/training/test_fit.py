@@ -9,8 +9,9 @@ from tiny_model import decoder, random_examples, same
 
 from training import losses
 from training.data import Packed
-from training.fit import FitConfig, Hooks, Programs, TrainState, fit, read_metrics
+from training.fit import Eval, FitConfig, Hooks, TrainState, fit, read_evals, read_metrics
 from training.optim import OptimConfig, adamw, decayed, schedule
+from training.programs import Programs, plain_logprobs
 
 STEPS = 6
 
@@ -36,7 +37,7 @@ class Trained:
 
     def __init__(self):
         self.graph, _ = nnx.split(decoder())
-        self.programs = Programs(self.graph, losses.sft)
+        self.programs = Programs(plain_logprobs(self.graph), losses.nll)
         self.packed = Packed.build(random_examples(0, 30, 32), 32, 2, 5)
         self.optimizer = adamw(OptimConfig(lr=1e-2), STEPS)
 
@@ -116,7 +117,7 @@ def test_metrics_say_what_happened(trained, tmp_path):
     assert lines[0]["supervised"] == sum(int(b["weights"].sum()) for b in batches)
     assert lines[0]["tokens_per_s"] > 0 and lines[0]["grad_norm"] > 0
     assert lines[-1]["loss"] < lines[0]["loss"]
-    (_, (count, _)), grads = trained.programs.accumulated(trained.fresh().params, batches)
+    (_, (count, _)), grads = trained.programs.accumulated(trained.fresh().params, None, batches)
     mean_norm = np.sqrt(sum(float((g**2).sum()) for g in jax.tree.leaves(grads))) / float(count)
     assert lines[0]["grad_norm"] == pytest.approx(mean_norm, rel=1e-5)
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 0}) + '\n{"step": 1, "lo')
@@ -145,3 +146,30 @@ def test_weight_decay_leaves_norms_and_embeddings_alone(trained):
     mask = nnx.to_pure_dict(decayed(params))
     assert not mask["embed"] and not mask["final_norm"] and not mask["layers"][0]["attn_norm"]
     assert mask["layers"][0]["wq"] and mask["layers"][1]["w_down"]
+
+
+def test_evals_run_on_the_way_and_at_the_end_and_a_resumed_run_does_not_repeat_them(trained, tmp_path):
+    evals = (Eval(lambda step, _: {"twice": 2.0 * step}, every=2), Eval(lambda step, _: {"last": float(step)}))
+
+    def run(**more):
+        saved = {}
+        hooks = Hooks(lambda step, state: saved.update({step: copy(state)}), tmp_path / "metrics.jsonl", evals=evals, clock=Clock())
+        fit(trained.programs, trained.optimizer, batches=trained.packed.batch, config=FitConfig(STEPS, 2, 1e9, 4), hooks=hooks, **more)
+        return saved
+
+    saved = run(state=trained.fresh())
+    want = [(2, {"twice": 4.0}), (4, {"twice": 8.0}), (6, {"twice": 12.0}), (6, {"last": 6.0})]
+    assert [(line["step"], line["eval"]) for line in read_evals(tmp_path / "metrics.jsonl")] == want
+    assert list(saved) == [4] and len(read_metrics(tmp_path / "metrics.jsonl")) == STEPS
+    run(state=saved[4], start=4)
+    assert [(line["step"], line["eval"]) for line in read_evals(tmp_path / "metrics.jsonl")] == want
+
+
+def test_the_fused_program_and_its_parts_agree(trained):
+    parts = Programs(plain_logprobs(trained.graph), losses.nll, fused=False)
+    params, batch = trained.fresh().params, trained.packed.batch(0)
+    (one, _), whole = trained.programs.gradients(params, None, batch)
+    (two, _), split = parts.gradients(params, None, batch)
+    assert float(one) == pytest.approx(float(two), rel=1e-6)
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(split), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)

@@ -7,7 +7,7 @@ from tiny_model import TEMPLATE, decoder, preference_rows, random_examples
 
 from training import losses
 from training.data import Packed, pair
-from training.fit import Programs
+from training.programs import Programs, plain_logprobs
 
 
 @pytest.fixture(scope="module")
@@ -27,13 +27,13 @@ def assert_close(a, b):
 
 def test_packed_equals_unpacked(split):
     graph, params = split
-    programs = Programs(graph, losses.sft)
+    programs = Programs(plain_logprobs(graph), losses.nll)
     examples = random_examples(1, 12, 32)
     packed = Packed.build(examples, 64, 16, 0)
     alone = [Packed.build([e], 64, 1, 0) for e in examples]
     assert packed.rows < len(examples)
-    loss, grads = mean_and_grads(*programs.gradients(params, packed.batch(0)))
-    alone_loss, alone_grads = mean_and_grads(*programs.accumulated(params, [p.batch(0) for p in alone]))
+    loss, grads = mean_and_grads(*programs.gradients(params, None, packed.batch(0)))
+    alone_loss, alone_grads = mean_and_grads(*programs.accumulated(params, None, [p.batch(0) for p in alone]))
     assert loss == pytest.approx(alone_loss, rel=1e-6)
     assert_close(grads, alone_grads)
 
@@ -41,15 +41,15 @@ def test_packed_equals_unpacked(split):
 def test_accumulation_equals_the_big_batch(split):
     """Micro-batches with very different numbers of trained tokens: a mean of means would be far off."""
     graph, params = split
-    programs = Programs(graph, losses.sft)
+    programs = Programs(plain_logprobs(graph), losses.nll)
     short, long = random_examples(2, 2, 8), random_examples(3, 2, 60)
     big = Packed.build(short + long, 64, 4, 0).batch(0)
     micro = [Packed.build(part, 64, 4, 0).batch(0) for part in (short, long)]
-    loss, grads = mean_and_grads(*programs.gradients(params, big))
-    parts_loss, parts_grads = mean_and_grads(*programs.accumulated(params, micro))
+    loss, grads = mean_and_grads(*programs.gradients(params, None, big))
+    parts_loss, parts_grads = mean_and_grads(*programs.accumulated(params, None, micro))
     assert loss == pytest.approx(parts_loss, rel=1e-6)
     assert_close(grads, parts_grads)
-    means = [float(v[0] / v[1][0]) for v, _ in (programs.gradients(params, m) for m in micro)]
+    means = [float(v[0] / v[1][0]) for v, _ in (programs.gradients(params, None, m) for m in micro)]
     assert abs(np.mean(means) - loss) > 1e-4
 
 
@@ -96,9 +96,9 @@ def test_a_tie_counts_one_half():
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.37])
 def test_equal_weights_give_exactly_ln_2(split, smoothing):
     graph, params = split
-    programs, batch = Programs(graph, losses.dpo(0.1, smoothing)), pair_batch(9)
-    reference, _ = programs.forward(params, batch)
-    again, _ = programs.forward(params, batch)
+    programs, batch = Programs(plain_logprobs(graph), losses.dpo(0.1, smoothing), fused=False), pair_batch(9)
+    reference, _ = programs.forward(params, None, batch)
+    again, _ = programs.forward(params, None, batch)
     margin = losses.margins(again, batch | {"reference": reference}, 0.1)
     assert (np.asarray(margin) == 0).all()
     assert (np.asarray(losses.sigmoid(margin, smoothing)) == np.float32(np.log(2))).all()
