@@ -87,6 +87,7 @@ def _blockwise(q_ktgh, k_ksh, v_ksh, first_t, kind):
 
 def _forward(q_ktgh, k_ksh, v_ksh, first_t, kind):
     n, t, g, h = q_ktgh.shape
+    q_ktgh, k_ksh, v_ksh = (x.astype(kind) for x in (q_ktgh, k_ksh, v_ksh))  # once, not per block
     outs, sums = [], []
     for lo, hi in _blocks(t):
         s = _scores(q_ktgh, k_ksh, first_t, lo, hi, kind)
@@ -103,7 +104,7 @@ def _backward(kind, kept, d_ktgh):
     q, k, v, first_t, out, lse = kept
     n, t, g, h = q.shape
     delta = (out * d_ktgh).sum(-1, keepdims=True)
-    dq, dk, dv = [], jnp.zeros_like(k), jnp.zeros_like(v)
+    dq, dk, dv = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
     for lo, hi in _blocks(t):
         p = jnp.exp(_scores(q, k, first_t, lo, hi, kind) - lse[:, lo:hi])
         d, qs = (x[:, lo:hi].reshape(n, -1, h) for x in (d_ktgh, q))

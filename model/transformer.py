@@ -97,8 +97,7 @@ class Decoder(nnx.Module):
             h_btd = ops.rms_norm(x_btd, layer.attn_norm[...], c.norm_eps)
             x_btd = x_btd + self._product(attend(i, *self._qkv(layer, h_btd, rotate)).reshape(*ids_bt.shape, -1), layer.wo)
             h_btd = ops.rms_norm(x_btd, layer.mlp_norm[...], c.norm_eps)
-            f_btf = jax.nn.silu(self._product(h_btd, layer.w_gate)) * self._product(h_btd, layer.w_up)
-            x_btd = x_btd + self._product(f_btf, layer.w_down)
+            x_btd = x_btd + ops.swiglu(h_btd, layer.w_gate[...], layer.w_up[...], layer.w_down[...], self.compute)
         return ops.rms_norm(x_btd, self.final_norm[...], c.norm_eps)
 
     def _product(self, x, w):

@@ -117,3 +117,36 @@ def test_compute_is_explicit_or_decided_once():
     assert ops.resolve_compute("fp32") == "fp32" and ops.resolve_compute("auto") in ("fp32", "bf16")
     with pytest.raises(ValueError, match="fp16"):
         ops.resolve_compute("fp16")
+
+
+@pytest.mark.parametrize("compute, tolerance", [("fp32", 1e-5), ("bf16", 0.03)])
+@pytest.mark.parametrize("n", [5, 512, 1100])  # less than a chunk, one, several with padding
+def test_nll_is_the_weighted_sum_of_token_logprobs(n, compute, tolerance):
+    x, head = normal(0, n, 32), normal(1, 96, 32) * 0.3
+    targets, weights = jnp.arange(n) % 96, (jnp.arange(n) % 3).astype(jnp.float32)
+    plain = jax.jit(jax.value_and_grad(lambda x, w: 2 * -(ops.token_logprobs(x, w, targets, "fp32") * weights).sum(), (0, 1)))(x, head)
+    ours = jax.jit(jax.value_and_grad(lambda x, w: 2 * ops.nll(x, w, targets, weights, compute), (0, 1)))(x, head)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(plain), strict=True):
+        np.testing.assert_allclose(a, b, atol=tolerance * float(jnp.abs(b).max()), rtol=tolerance)
+    assert float(ops.nll(x, head, targets, weights, compute)) == pytest.approx(float(ours[0]) / 2, rel=1e-5)
+
+
+@pytest.mark.parametrize("compute, tolerance", [("fp32", 1e-5), ("bf16", 0.03)])
+def test_swiglu_and_its_gradients_equal_the_definition(compute, tolerance):
+    x, gate, up, down, weight = normal(0, 2, 5, 16), normal(1, 16, 24), normal(2, 16, 24), normal(3, 24, 16), normal(4, 2, 5, 16)
+    ours = jax.value_and_grad(lambda *a: (ops.swiglu(*a, compute) * weight).sum(), (0, 1, 2, 3))(x, gate, up, down)
+    spelled = jax.value_and_grad(lambda x, g, u, d: (((jax.nn.silu(x @ g) * (x @ u)) @ d) * weight).sum(), (0, 1, 2, 3))(x, gate, up, down)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(spelled), strict=True):
+        np.testing.assert_allclose(a, b, atol=tolerance * float(jnp.abs(b).max()), rtol=tolerance)
+
+
+@pytest.mark.parametrize("vocab, width, n", [(8192, 256, 512), (8192, 256, 2048), (32768, 384, 1024), (49152, 576, 640)])
+def test_the_shapes_that_training_uses_run_in_this_machines_arithmetic(vocab, width, n):
+    """XLA's CPU client accepts some bf16 products and fails only when it runs them."""
+    x, head, targets = normal(0, n, width), normal(1, vocab, width), jnp.zeros(n, jnp.int32)
+    compute = ops.resolve_compute("auto")
+    for loss in (
+        lambda x, w: ops.nll(x, w, targets, jnp.ones(n), compute),
+        lambda x, w: ops.token_logprobs(x, w, targets, compute).sum(),
+    ):
+        assert all(bool(jnp.isfinite(g).all()) for g in jax.jit(jax.grad(loss, (0, 1)))(x, head))
