@@ -4,19 +4,17 @@ Nothing but wiring. A command is a module with a frozen dataclass `Config` (the 
 `main(config) -> int`; it is imported only when it is called, so `soulsmith --help` needs neither JAX nor tyro.
 """
 
-import dataclasses
 import importlib
 import os
 import shlex
 import signal
 import sys
-import types
-import typing
 from contextlib import contextmanager
 from pathlib import Path
 
 from soul.errors import UserError
 from soul.files import disk_error, read_json, read_text, write_json
+from soul.settings import config_from_json, config_to_json
 
 COMMANDS = {  # name: (module, help)
     "quickstart": ("quickstart", "SOUL.md to data, tuned model, evals and report, on this machine, with no key"),
@@ -31,6 +29,10 @@ COMMANDS = {  # name: (module, help)
     "rollouts": ("datagen.long_rollouts", "a teacher plays agent and user on projects that it wrote, tools really executed"),
     "replay": ("datagen.replay", "execute every call of a dataset again and compare byte for byte"),
     "show": ("datagen.show", "print rows of a dataset readably"),
+    "tokenizer": ("training.tokenizer", "train a byte-level BPE tokenizer, and measure how it compresses"),
+    "data": ("training.data_cmd", "documents to token shards with a held-out part and a card, for pretraining"),
+    "plan-train": ("training.planner", "measure this machine: what fits, how fast, how long each stage of training will take"),
+    "pretrain": ("training.pretrain", "train a model from scratch; depth is the one dial"),
     "sft": ("training.sft", "fine-tune a model on conversations"),
     "dpo": ("training.dpo", "preference-tune a model on chosen/rejected pairs"),
     "eval": ("evals.run", "measure SOUL adherence and tool use on held-out prompts"),
@@ -38,7 +40,7 @@ COMMANDS = {  # name: (module, help)
     "chat": ("agent.chat", "talk to a model that can Read, Edit, Grep and Bash, with your permission"),
 }
 VERSION = "0.1.0"
-USES_MODEL = ("quickstart", "generate", "plan", "seeds", "rollouts", "sft", "dpo", "eval", "chat")
+USES_MODEL = ("quickstart", "generate", "plan", "seeds", "rollouts", "plan-train", "pretrain", "sft", "dpo", "eval", "chat")
 
 
 def entry() -> int:
@@ -131,50 +133,10 @@ def _saved_config(cls: type, argv: list[str]) -> tuple[list[str], object | None]
     return argv[:at] + argv[at + 2 :], config_from_json(cls, read_json(path), path)
 
 
-def config_from_json(cls: type, values: object, where: str) -> object:
-    """A config dataclass from what `config_to_json` wrote; an unknown or missing key is a UserError naming it."""
-    if not isinstance(values, dict):
-        raise UserError("must hold a JSON object of settings", where=where)
-    hints = typing.get_type_hints(cls)
-    known = {field.name for field in dataclasses.fields(cls)}
-    if unknown := sorted(set(values) - known):
-        raise UserError(f"unknown setting {unknown[0]!r}", where=where, fix=f"Settings are: {', '.join(sorted(known))}.")
-    required = {f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING}
-    if missing := sorted(required - set(values)):
-        raise UserError(f"setting {missing[0]!r} is missing", where=where)
-    return cls(**{key: _typed(hints[key], value, f"{where}: {key}") for key, value in values.items()})
-
-
-def _typed(hint: object, value: object, where: str) -> object:
-    hint = typing.get_args(hint)[0] if typing.get_origin(hint) is typing.Annotated else hint
-    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-    if value is None and type(None) in options:
-        return None
-    option = next(option for option in options if option is not type(None))
-    if dataclasses.is_dataclass(option):
-        return config_from_json(option, value, where)
-    if option is Path:
-        return Path(str(value))
-    if typing.get_origin(option) is tuple or option is tuple:
-        return tuple(Path(v) if Path in typing.get_args(option) else v for v in value)
-    if option is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if option in (int, float, str, bool) and type(value) is not option:
-        raise UserError(f"must be {option.__name__}, not {value!r}", where=where)
-    return value
-
-
-def config_to_json(config: object) -> object:
-    if dataclasses.is_dataclass(config):
-        return {field.name: config_to_json(getattr(config, field.name)) for field in dataclasses.fields(config)}
-    if isinstance(config, (list, tuple)):
-        return [config_to_json(value) for value in config]
-    return str(config) if isinstance(config, Path) else config
-
-
 @contextmanager
 def _config_file(name: str, config: object):
-    """Save the resolved config as OUT/COMMAND.json; when the command refuses its input, leave the directory as it was."""
+    """Save the resolved config as OUT/COMMAND.json; when the command refuses its input and has made nothing, leave the directory as it was.
+    (After a full disk, say, there is something to go on with, and --config must find its settings.)"""
     out = getattr(config, "out", None)
     if out is None:
         yield
@@ -182,9 +144,12 @@ def _config_file(name: str, config: object):
     path = Path(out) / f"{name.replace(' ', '_')}.json"
     before, new_directory = (read_text(path) if path.exists() else None), not Path(out).exists()
     write_json(path, config_to_json(config))
+    there = set(path.parent.iterdir())
     try:
         yield
     except UserError:
+        if set(path.parent.iterdir()) - there:
+            raise
         if before is None:
             path.unlink(missing_ok=True)
         else:

@@ -53,7 +53,7 @@ def collect(run: Path, examples: int = 8) -> dict:
     yields = {path: read_json(path) for path in sorted(run.glob("data/**/*stats.json"))}
     logs = {stage: read_jsonl(run / stage / "metrics.jsonl") for stage in ("pretrain", "sft", "dpo")}
     files = sorted(run.glob("data/**/*.parquet"))
-    if not (results or yields or files or any(logs.values())):
+    if not (results or yields or files or any(logs.values()) or (run / "training_plan.json").exists()):
         raise UserError("nothing to report yet", where=run, fix="Run generate, convert, sft, dpo or eval with this --out first.")
     newest = max(path.stat().st_mtime for path in run.rglob("*") if path.is_file())
     return {
@@ -65,8 +65,12 @@ def collect(run: Path, examples: int = 8) -> dict:
         "questions": sections.questions(results, examples),
         "data": sections.data(run, files),
         "yields": [g for path, value in yields.items() for g in sections.stats(value, TITLES.get(path.stem, path.stem))],
-        "training": [sections.training(stage, rows) for stage, rows in logs.items() if rows],
-        "stages": sections.stages(read_json(run / "stages.json") if (run / "stages.json").exists() else []),
+        "planned": sections.planned(read_if(run / "training_plan.json", {}), logs),
+        "training": [
+            sections.training(stage, rows, read_if(run / stage / "results.json", {}), read_jsonl(run / stage / "pairs.jsonl"))
+            for stage, rows in logs.items() if rows
+        ],
+        "stages": sections.stages(read_if(run / "stages.json", [])),
         "settings": sections.settings(results), "machine": sections.machine(), "commands": sections.commands(run),
     }  # fmt: skip
 
@@ -78,8 +82,12 @@ def read_results(run: Path) -> list[dict]:
     return sorted(found, key=lambda r: (order.get(r["name"], 9), r["name"]))
 
 
+def read_if(path: Path, default):
+    return read_json(path) if path.exists() else default
+
+
 def read_jsonl(path: Path) -> list[dict]:
-    """Lines of a metrics log; a torn last line (the run was killed while writing it) is left out."""
+    """Lines of a log or ledger; a torn last line (the run was killed while writing it) is left out."""
     rows = []
     for line in read_text(path).splitlines() if path.exists() else []:
         try:

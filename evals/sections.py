@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import shlex
+from collections import Counter
 from pathlib import Path
 
 from evals.charts import curve
@@ -161,26 +162,69 @@ def _cell(value: object) -> str:
     return "" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
 
 
+LOSS = {"Loss (nats per supervised token)": {"train": "loss"}, "Tokens per second": {"tokens/s": "tokens_per_s"}}
 CHARTS = {  # stage -> title -> legend -> column of metrics.jsonl
-    "sft": {
-        "Loss (nats per supervised token)": {"train": "loss", "held out": "val_loss"},
-        "Tokens per second": {"tokens/s": "tokens_per_s"},
-    },
+    "pretrain": LOSS,
+    "sft": LOSS,
     "dpo": {
-        "DPO loss (0.693 = no preference yet)": {"train": "loss", "held out": "val_loss"},
-        "Preference accuracy (ties count ½)": {"train": "accuracy", "held out": "val_accuracy"},
+        "DPO loss (0.693 = no preference yet)": {"train": "loss"},
+        "Preference accuracy (ties count ½)": {"train": "accuracy"},
         "Reward margin": {"margin": "margin"},
         "Log-probability per reply": {"chosen": "chosen_logp", "rejected": "rejected_logp"},
     },
 }
-CHARTS["pretrain"] = CHARTS["sft"]
 
 
-def training(stage: str, rows: list[dict]) -> dict:
-    charts = [curve(title, {name: _points(rows, key) for name, key in lines.items()}) for title, lines in CHARTS[stage].items()]
-    speeds = sorted(y for _, y in _points(rows, "tokens_per_s"))
-    note = f"{rows[-1].get('step', len(rows)):,} steps" + (f", median {speeds[len(speeds) // 2]:,.0f} tokens/s" if speeds else "")
-    return {"title": stage, "note": note, "charts": [c for c in charts if c]}
+def training(stage: str, lines: list[dict], results: dict, pairs: list[dict]) -> dict:
+    """Curves of a stage's metrics.jsonl, its last evaluation, what its results.json says, and how many pairs the ledger has in each class."""
+    rows, known = [line for line in lines if "eval" not in line], evaluated(lines)
+    evals = [{"step": line["step"], **line["eval"]} for line in lines if "eval" in line]
+    curves = CHARTS[stage] | {"Bits per byte, held out": {_seen(name[4:64]): name for name in known if name.startswith("bpb ")}}
+    charts = [curve(title, {name: _points(evals if title[:4] == "Bits" else rows, key) for name, key in legend.items()})
+              for title, legend in curves.items() if legend]  # fmt: skip
+    classes = Counter(str(pair.get("class")) for pair in pairs)
+    facts = {name: value for name, value in results.items() if name in ("params", "tokens")} | known
+    note = f"{len(rows):,} steps" + (f", median {speed:,.0f} tokens/s" if (speed := _speed(rows)) else "")
+    return {
+        "title": stage, "note": note, "charts": [c for c in charts if c],
+        "facts": [(name, f"{value:,}" if isinstance(value, int) else f"{value:.4g}") for name, value in facts.items() if name not in classes],
+        "pairs": [{"label": name, "fraction": n / len(pairs), "value": f"{n:,}"} for name, n in classes.most_common()],
+    }  # fmt: skip
+
+
+def _seen(name: str) -> str:
+    """A source's name for a chart's legend, which the page takes as it is: whatever a reader could not see becomes U+FFFD."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in name)
+
+
+def evaluated(lines: list[dict]) -> dict[str, float]:
+    """The last value of everything that was evaluated on the way."""
+    return {name: x for line in lines if "eval" in line for name, x in line["eval"].items() if isinstance(x, int | float)}
+
+
+def _speed(rows: list[dict]) -> float | None:
+    """Median tokens/s; the first step, which compiles, is left out where there are others."""
+    speeds = sorted(y for _, y in _points(rows[1:] or rows, "tokens_per_s"))
+    return speeds[len(speeds) // 2] if speeds else None
+
+
+def planned(plan: dict, logs: dict[str, list[dict]]) -> list[list[str]]:
+    """A row per planned stage: tokens/s, peak memory and hours, each as planned and as it was (with the difference)."""
+    out = []
+    for p in plan.get("stages", []):
+        lines = logs.get(p["stage"], [])
+        rows, peak = [line for line in lines if "eval" not in line], evaluated(lines).get("peak_gb")
+        done = sum(row.get("seconds", 0) for row in rows) / 3600 if peak else None  # a run that has not ended has no peak yet
+        cells = []
+        for before, after, form in (
+            (p["tokens_per_s"], _speed(rows), ",.0f"),
+            (p["peak_bytes"] / 1e9, peak, ".1f"),
+            (p["hours"], done, ".3g"),
+        ):
+            off = f" ({after / before - 1:+.0%})" if after and before else ""
+            cells += [f"{before:{form}}" if before else "–", f"{after:{form}}{off}" if after else "–"]
+        out.append([p["stage"], "yes" if p["fits"] else "no", *cells])
+    return out
 
 
 def _points(rows: list[dict], key: str) -> list[tuple[float, float]]:
@@ -233,6 +277,6 @@ def machine() -> list[tuple[str, str]]:
 
 def commands(run: Path) -> list[str]:
     """One command per resolved config that a stage left in the run directory."""
-    known = ("quickstart", "generate", "convert", "pretrain", "sft", "dpo", "eval")
+    known = ("quickstart", "generate", "convert", "plan-train", "pretrain", "sft", "dpo", "eval")
     lines = [f"soulsmith {name} --config {shlex.quote(str(run / f'{name}.json'))}" for name in known if (run / f"{name}.json").exists()]
     return [*lines, f"soulsmith report {shlex.quote(str(run))}"]

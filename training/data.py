@@ -107,14 +107,16 @@ class Packed:
     per_batch: int
     seed: int
     dropped: int = 0
+    least: int = 0
+    """`supervised` is at least this, so that held-out data is read by the program that was compiled for the training data."""
 
     @classmethod
-    def build(cls, items: list, length: int, per_batch: int, seed: int) -> "Packed":
+    def build(cls, items: list, length: int, per_batch: int, seed: int, least: int = 0) -> "Packed":
         """Drop what is longer than `length` (counted, never cut). Raises UserError when nothing is left."""
         kept = [item for item in items if len(item) <= length]
         if not kept:
             raise UserError(f"all {len(items)} rows are longer than {length} tokens", fix="Raise --length.")
-        return cls(kept, length, per_batch, seed, len(items) - len(kept))
+        return cls(kept, length, per_batch, seed, len(items) - len(kept), least)
 
     @property
     def paired(self) -> bool:
@@ -123,14 +125,14 @@ class Packed:
     @cached_property
     def blocks(self) -> list[list[list[int]]]:
         units = best_fit([len(item) for item in self.items], self.length)
-        order = _permutation((self.seed,), len(units))
+        order = permutation((self.seed,), len(units))
         return [[units[i] for i in order[at : at + self.per_batch]] for at in range(0, len(units), self.per_batch)]
 
     @cached_property
     def supervised(self) -> int:
         """The static number of supervised positions: the most of any block, padded, so that one program serves all."""
         most = max(sum(_trained(self.items[i]) for unit in block for i in unit) for block in self.blocks)
-        return -(-most // CHUNK) * CHUNK
+        return max(self.least, -(-most // CHUNK) * CHUNK)
 
     @cached_property
     def pairs(self) -> int:
@@ -147,7 +149,7 @@ class Packed:
     def block_of(self, k: int) -> int:
         """The block that is batch k: position k in the endless sequence of permuted epochs."""
         epoch, at = divmod(k, len(self.blocks))
-        return int(_permutation((self.seed, epoch), len(self.blocks))[at])
+        return int(permutation((self.seed, epoch), len(self.blocks))[at])
 
     def batch(self, k: int) -> dict[str, np.ndarray]:
         return self.block(self.block_of(k))
@@ -207,6 +209,6 @@ def _padded(values: Sequence[int], size: int, fill: int = 0) -> np.ndarray:
     return out
 
 
-def _permutation(key: tuple[int, ...], n: int) -> np.ndarray:
+def permutation(key: tuple[int, ...], n: int) -> np.ndarray:
     """Philox is specified: the order survives versions of numpy, processes and platforms."""
     return np.argsort(np.random.Generator(np.random.Philox(np.random.SeedSequence(key))).random(n), kind="stable")

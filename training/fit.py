@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 import optax
+from jax.experimental import multihost_utils
 
 from soul.console import console, plain, progress
 from training.programs import Programs
@@ -73,9 +74,9 @@ def _update(optimizer, state: TrainState, grads, value):
     return TrainState(optax.apply_updates(state.params, updates), opt_state), metrics
 
 
-def updater(optimizer: optax.GradientTransformation) -> Callable:
-    """The compiled `(state, gradient of the sum, value) -> (state, metrics)`; the state is donated."""
-    return jax.jit(partial(_update, optimizer), donate_argnums=0)
+def updater(optimizer: optax.GradientTransformation, shardings: Any = None) -> Callable:
+    """The compiled `(state, gradient of the sum, value) -> (state, metrics)`; the state is donated, and stays where `shardings` says."""
+    return jax.jit(partial(_update, optimizer), donate_argnums=0, out_shardings=(shardings, None))
 
 
 def fit(programs: Programs, optimizer: optax.GradientTransformation, state: TrainState, batches: Callable[[int], dict], config: FitConfig,
@@ -85,23 +86,32 @@ def fit(programs: Programs, optimizer: optax.GradientTransformation, state: Trai
     `batches(k)` is micro-batch k, a pure function, so the step number alone says where the data stands. SIGINT and SIGTERM save at the next
     step boundary and return; a second SIGINT raises KeyboardInterrupt at once. A step's metrics are read after the next one was dispatched.
     """
-    step, saved, update = start, hooks.clock(), updater(optimizer)
+    layout, alone = programs.layout, jax.process_count() == 1
+    step, saved, update = start, hooks.clock(), updater(optimizer, layout.shardings(state))
+
+    def stopping(stopped: bool) -> bool:
+        """Several processes agree to stop only where all of them save anyway: asking at each step would wait for each step."""
+        if alone or not config.checkpoint_steps or step % config.checkpoint_steps:
+            return alone and stopped
+        return bool(multihost_utils.process_allgather(np.array(stopped)).any())
+
     with _stop_signals() as stopped, _Metrics(hooks, start) as log, progress(hooks.title, config.steps, "steps") as show:
         show(start)
-        while step < config.steps and not stopped.is_set():
-            micro = [batches(step * config.accumulate + i) for i in range(config.accumulate)]
+        while step < config.steps and not stopping(stopped.is_set()):
+            micro = [batches(k) for k in layout.local(range(step * config.accumulate, (step + 1) * config.accumulate))]
+            others = config.accumulate // len(micro)  # each process sees its own; the rows are alike
             value, grads = programs.accumulated(state.params, frozen, micro)
             state, metrics = update(state, grads, value)
             del grads  # half a gigabyte that the next forward can use
             log.read()
-            log.defer({"step": step, "lr": hooks.rate(step), "tokens": sum(map(_tokens, micro)),
-                       "supervised": sum(int(b["weights"].sum()) for b in micro)}, metrics)  # fmt: skip
+            log.defer({"step": step, "lr": hooks.rate(step), "tokens": others * sum(map(_tokens, micro)),
+                       "supervised": others * sum(int(b["weights"].sum()) for b in micro)}, metrics)  # fmt: skip
             step += 1
             for eval_ in hooks.evals:
                 if eval_.due(step, config.steps):
                     log.read()
                     log.evaluated(step, eval_.run(step, state))
-            timed = hooks.clock() - saved >= 60 * config.checkpoint_minutes
+            timed = alone and hooks.clock() - saved >= 60 * config.checkpoint_minutes
             if step < config.steps and (timed or (config.checkpoint_steps and step % config.checkpoint_steps == 0)):
                 log.read()
                 hooks.save(step, state)

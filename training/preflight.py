@@ -1,6 +1,8 @@
 """Refuses to train on data that would teach the wrong thing, and shows what will be trained."""
 
+import codecs
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 
 import numpy as np
@@ -11,6 +13,10 @@ from soul.console import console, plain
 from soul.errors import UserError
 from soul.template import Template
 from training.data import Example, Packed, Pair
+from training.mixture import Part, prompt_key
+
+SHARES = (0.005, 0.995)  # of trained tokens: outside of these a mask is broken, or there is next to nothing to learn
+SHOWN, EDGE = 160, 24  # of an example's trained tokens, and of either end of a long stretch that is not trained
 
 
 def check_rows(template: Template, rows: list[dict]) -> None:
@@ -28,9 +34,12 @@ def check_rows(template: Template, rows: list[dict]) -> None:
             )
 
 
+_FRAMES = {f"<|{turn}_{side}|>" for turn in ("system", "user", "tool_result") for side in ("start", "end")} | {"<|assistant_start|>"}
+
+
 def check_example(template: Template, item: Example, vocab_size: int, skip: int = 0) -> None:
-    """Refuse a broken sequence: one bos, and it first; ids in range; something trained but not everything; every reply after `skip`
-    ends in a trained `<|assistant_end|>`.
+    """Refuse a broken sequence: one bos, and it first; ids in range; something trained but not everything, and no other turn's frame; every
+    reply after `skip` ends in a trained `<|assistant_end|>`, and the last one says something.
 
     Raises:
         UserError: naming the row.
@@ -44,11 +53,21 @@ def check_example(template: Template, item: Example, vocab_size: int, skip: int 
         problem = "has no trained token (no assistant turn?)"
     elif mask.all() or mask[0]:
         problem = "trains every token: the loss mask is broken"
+    elif trained := [token for token, n in template.id.items() if token in _FRAMES and mask[ids == n].any()]:
+        problem = f"trains {trained[0]}: the loss mask is broken"
     elif not (ends := np.flatnonzero(ids[skip:] == end)).size or not mask[skip:][ends].all():
         problem = "has an <|assistant_end|> that is not trained: the model would never learn to stop"
+    elif not _last_reply(template, ids).strip():
+        problem = "its last assistant turn is empty: the model would learn to say nothing"
     else:
         return
     raise UserError(problem, where=f"row {item.row}")
+
+
+def _last_reply(template: Template, ids: np.ndarray) -> bytes:
+    starts, end = np.flatnonzero(ids == template.id["<|assistant_start|>"]), template.id["<|assistant_end|>"]
+    reply = ids[starts[-1] :] if starts.size else ids
+    return template.tokenizer.decode_bytes(reply[: np.argmax(reply == end)].tolist())
 
 
 def check_pair(template: Template, item: Pair, vocab_size: int) -> None:
@@ -81,15 +100,31 @@ def check_step_zero(margins: np.ndarray, per_pair: np.ndarray) -> None:
                         where="preflight", fix="Delete reference-*.npy in the run's dpo directory and run again.")  # fmt: skip
 
 
-def summary(packed: Packed, template: Template, title: str, steps: int) -> None:
-    """Print what will be trained: counts, lengths, the supervised share, and one example token by token."""
+def check_shares(items: Sequence[Example]) -> None:
+    """Refuse (UserError) data of which next to nothing is trained, or next to everything."""
+    trained, tokens = sum(int(item.mask.sum()) for item in items), sum(map(len, items))
+    if not SHARES[0] <= trained / tokens <= SHARES[1]:
+        raise UserError(f"{trained:,} of {tokens:,} tokens are trained ({trained / tokens:.1%})", where="preflight",
+                        fix="Look at the rows: is one side of the conversations missing?")  # fmt: skip
+
+
+def check_held_out(train: Sequence[Example], held_out: Sequence[Example], seed: int) -> None:
+    """Refuse (UserError) a row that is trained on while its prompt is held out: the validation would measure memory."""
+    known = {prompt_key(item, seed): item for item in held_out}
+    if shared := next((item for item in train if prompt_key(item, seed) in known), None):
+        raise UserError(f"has the prompt of row {known[prompt_key(shared, seed)].row}, which is held out", where=f"row {shared.row}")
+
+
+def summary(packed: Packed, template: Template, title: str, steps: int, parts: Sequence[Part] = ()) -> None:
+    """Print what will be trained: counts, lengths, the supervised share, the sources, and three examples token by token."""
     branches = [b for item in packed.items for b in ((item.chosen, item.rejected) if isinstance(item, Pair) else (item,))]
     lengths = np.array([len(b) for b in branches])
     supervised = sum(int(b.mask.sum()) for b in branches)
+    dropped = packed.dropped + sum(n for part in parts for reason, n in part.left_out.items() if reason.startswith("longer"))
     table = Table(title=title, show_header=False, title_justify="left")
     for name, value in (
         ("pairs" if packed.paired else "rows", f"{len(packed.items):,}"),
-        ("dropped, longer than " + str(packed.length), f"{packed.dropped:,}"),
+        ("dropped, longer than " + str(packed.length), f"{dropped:,}"),
         ("tokens", f"{packed.tokens:,}"),
         ("trained tokens", f"{supervised:,} ({supervised / packed.tokens:.0%})"),
         ("lengths, min / median / max", f"{lengths.min()} / {int(np.median(lengths))} / {lengths.max()}"),
@@ -98,15 +133,60 @@ def summary(packed: Packed, template: Template, title: str, steps: int) -> None:
     ):
         table.add_row(name, value)
     console.print(table)
-    console.print("one example, trained tokens in green:")
-    console.print(coloured(template, branches[0]))
+    if parts:
+        console.print(_sources(parts))
+    console.print("three examples; what is trained is green, every second token underlined:")
+    for item in _three(packed.items, parts):
+        console.print(coloured(template, item.chosen if isinstance(item, Pair) else item))
+        if isinstance(item, Pair):
+            console.print("rejected:", coloured(template, item.rejected, item.prompt))
+        console.print()
 
 
-def coloured(template: Template, item: Example) -> Text:
-    """An example's text, trained tokens green, the others dim; nothing in it reaches the terminal unsanitised."""
-    text, ids = Text(), item.ids.tolist()
-    for (control, trained), run in groupby(range(len(ids)), lambda n: (ids[n] in template.token, bool(item.mask[n]))):
-        span = [ids[n] for n in run]
-        said = "".join(template.token[i] for i in span) if control else template.tokenizer.decode_bytes(span).decode("utf-8", "replace")
-        text.append_text(plain(said, style="green" if trained else "dim"))
+def _sources(parts: Sequence[Part]) -> Table:
+    table = Table("source", "rows", "used", "trained tokens", "held out", "left out", title="sources", title_justify="left")
+    trained = [sum(int(item.mask.sum()) for item in part.train) for part in parts]
+    for part, tokens in zip(parts, trained, strict=True):
+        out = ", ".join(f"{n:,} {reason}" for reason, n in part.left_out.items()) or "0"
+        share = f"{tokens:,} ({tokens / sum(trained):.0%})"
+        table.add_row(plain(part.name), f"{part.rows:,}", f"{part.times:.3g} ×", share, f"{len(part.held_out):,}", plain(out))
+    return table
+
+
+def _three(items: Sequence, parts: Sequence[Part]) -> list:
+    """One of each of the first three sources, or the first, the middle and the last."""
+    firsts = [part.train[0] for part in parts if part.train][:3]
+    rest = [items[n] for n in sorted({0, len(items) // 2, len(items) - 1})]
+    return firsts if len(firsts) == 3 else (firsts + [item for item in rest if all(item is not first for first in firsts)])[:3]
+
+
+def coloured(template: Template, item: Example, start: int = 0) -> Text:
+    """An example's text from token `start`: trained tokens green, the others dim, every second underlined; the middle of a long stretch that is
+    not trained is left out, and what follows the first 160 trained tokens. Nothing in it reaches the terminal unsanitised."""
+    text, ids, left = Text(), item.ids[start:].tolist(), SHOWN
+    pieces = enumerate(_pieces(template, ids))
+    for trained, run in groupby(pieces, lambda numbered: bool(item.mask[start + numbered[0]])):
+        run = list(run)
+        for at, (number, piece) in enumerate(run):
+            if trained and left <= 0:
+                return text.append(f" … {len(ids) - number} more tokens", "dim italic")
+            left -= trained
+            if not trained and len(run) > 3 * EDGE and EDGE <= at < len(run) - EDGE:
+                if at == EDGE:
+                    text.append(f" … {len(run) - 2 * EDGE} tokens … ", "dim italic")
+                continue
+            text.append_text(plain(piece, style=("green" if trained else "dim") + " underline" * (number % 2)))
     return text
+
+
+def spelled(template: Template, ids: list[int]) -> str:
+    """The text of ids, control tokens by their names."""
+    return "".join(_pieces(template, ids))
+
+
+def _pieces(template: Template, ids: list[int]) -> Iterator[str]:
+    """The text of each token; a character that is cut in two comes whole with its last token."""
+    decoder, decode = codecs.getincrementaldecoder("utf-8")("replace"), template.tokenizer.decode_bytes
+    for n, token in enumerate(ids):
+        before = ids[max(0, n - 1) : n]  # with it, since a byte that the vocabulary lacks is spelled as two tokens
+        yield decoder.decode(decode([*before, token])[len(decode(before)) :]) + template.token.get(token, "")

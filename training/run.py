@@ -15,6 +15,7 @@ import optax
 from flax import nnx
 
 from model import checkpoint, ops
+from model.checkpoint import Saver
 from model.config import ModelConfig
 from model.load import Loaded, load_model
 from model.tokenizer import Tokenizer
@@ -25,6 +26,7 @@ from soul.template import Template
 from training import preflight
 from training.data import Packed, Pair
 from training.fit import Eval, FitConfig, Hooks, TrainState, fit
+from training.mesh import Layout, join, make_mesh
 from training.optim import OptimConfig, adamw, schedule
 from training.programs import Programs
 
@@ -51,8 +53,8 @@ class TrainConfig:
     """Minutes between checkpoints, each three times the weights (1.6 GB for 135M)."""
     checkpoint_steps: int = 0
     """Steps between checkpoints, beside the minutes; 0: by the clock only."""
-    keep: int = 1
-    """How many of the newest checkpoints stay."""
+    keep: int = 2
+    """How many of the newest checkpoints stay while training goes on: the older one is for when the newest is damaged."""
     keep_every: int = 0
     """Checkpoints of steps that this divides stay for good; 0: none."""
     mesh: str = "auto"
@@ -101,6 +103,7 @@ class Setup:
     config: TrainConfig
     directory: Path
     command: str
+    layout: Layout
 
     @property
     def vocab_size(self) -> int:
@@ -126,6 +129,7 @@ class Setup:
 def setup(model: str, config: TrainConfig, out: Path, stage: str) -> Setup:
     """Load the base and check its template. Raises UserError where it doesn't fit."""
     ops.enable_compile_cache()
+    join()
     loaded = load_model(model, dtype=jnp.float32, compute=config.compute)
     if loaded.meta.get("steps", 0) > loaded.meta.get("step", 0):
         raise UserError(f"is at step {loaded.meta['step']} of {loaded.meta['steps']}", where=loaded.path, fix="Finish its training first.")
@@ -133,7 +137,9 @@ def setup(model: str, config: TrainConfig, out: Path, stage: str) -> Setup:
     preflight.check_template(template, loaded.config.vocab_size)
     if config.length > loaded.config.max_len:
         raise UserError(f"--length {config.length} is more than the model's {loaded.config.max_len}")
-    return Setup(loaded, template, config, out / stage, f"soulsmith {stage} --config {out / stage}.json")
+    state_bytes = 16 * sum(p.size for p in jax.tree.leaves(nnx.split(loaded.model)[1]))  # fp32 weights, gradients, two moments
+    layout = Layout(make_mesh(config.mesh, accumulate=config.accumulate, state_bytes=state_bytes), loaded.config)
+    return Setup(loaded, template, config, out / stage, f"soulsmith {stage} --config {out / stage}.json", layout)
 
 
 def weights_hash(params) -> str:
@@ -164,25 +170,30 @@ def train(job: Job) -> int:
     if (start := checkpoint.latest(out) or 0) >= steps:
         console.print(f"{out} is already trained ({steps} steps)")
         return 0
-    state = TrainState(job.params, job.warm(jax.jit(job.optimizer.init)(job.params)))
+    layout = job.programs.layout
+    params, frozen = layout.put(job.params), layout.put(job.frozen)
+    state = TrainState(params, layout.put(job.warm(layout.init(job.optimizer.init, params))))
     checkpoint.describe(out, job.model, job.tokenizer, job.meta | {"steps": steps, "identity": job.identity})
     if start:
         start, items = checkpoint.restore(out, {weights: state.params, "opt_state": state.opt_state})
         state = TrainState(items[weights], items["opt_state"])
         console.print(f"going on at step {start} of {steps}")
-    hooks = Hooks(
-        save=lambda step, now: checkpoint.save(out, step, {weights: now.params, "opt_state": now.opt_state}, config.keep),
-        metrics=out / "metrics.jsonl", rate=lambda step: float(job.rate(step)), title=out.name,
-        evals=(*job.evals, Eval(lambda step, state: {"peak_gb": peak_bytes() / 1e9})))  # fmt: skip
     limits = FitConfig(steps, config.accumulate, config.checkpoint_minutes, config.checkpoint_steps)
-    state, step = fit(job.programs, job.optimizer, state, job.batches, limits, hooks, start=start, frozen=job.frozen)
+    with Saver(out, config.keep, config.keep_every) as saver:
+        hooks = Hooks(
+            save=lambda step, now: saver.save(step, {weights: now.params, "opt_state": now.opt_state}),
+            metrics=out / (f"metrics-{jax.process_index()}.jsonl" if jax.process_index() else "metrics.jsonl"),
+            rate=lambda step: float(job.rate(step)), title=out.name,
+            evals=(*job.evals, Eval(lambda step, state: {"peak_gb": peak_bytes() / 1e9})))  # fmt: skip
+        state, step = fit(job.programs, job.optimizer, state, job.batches, limits, hooks, start=start, frozen=frozen)
     if step < steps:
         console.print(f"stopped at step {step} of {steps}. Go on with: {job.command}")
         return 130
     final = job.merge(state.params)
-    checkpoint.save(out, steps, {"params": final} | ({"opt_state": state.opt_state} if job.keep_optimizer else {}), keep=1)
+    kept = {"opt_state": state.opt_state} if job.keep_optimizer else {}
+    checkpoint.save(out, steps, {"params": final} | kept, keep=1, keep_every=config.keep_every)
     console.print(f"model: {out}")
-    job.after(final)
+    job.after(layout.whole(final))
     return 0
 
 

@@ -163,3 +163,60 @@ def test_bad_input_is_named(tmp_path):
     (tmp_path / "evals" / "sft.json").write_text("{")
     with pytest.raises(UserError, match=r"sft\.json"):
         collect(tmp_path)
+
+
+def trained_run(root: Path, text="python") -> Path:
+    run = root / "trained"
+    for stage, speed in (("pretrain", 2000.0), ("dpo", 90.0)):
+        (run / stage).mkdir(parents=True)
+        lines = [{"step": i, "loss": 2.0, "seconds": 36.0, "tokens_per_s": speed if i else 1.0} for i in range(5)]
+        lines += [{"step": n, "eval": {f"bpb {text}": 2.5 - n / 10}} for n in (2, 5)] + [{"step": 5, "eval": {"peak_gb": 4.4, "learned": 2.0}}]
+        (run / stage / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (run / "pretrain" / "results.json").write_text(json.dumps({"bpb": {text: 2.0}, "params": 11_500_000, "tokens": 4096, "steps": 5}))
+    (run / "dpo" / "pairs.jsonl").write_text("\n".join(json.dumps({"id": text, "class": c}) for c in ("learned", "flipped", "learned")))
+    plan = {"fits": True, "params": 1, "available_bytes": 2, "rows": 4, "accumulate": 1, "tokens": None, "step_s": 1.0, "mfu": 0.3}
+    stages = [plan | {"stage": "pretrain", "tokens_per_s": 1600.0, "peak_bytes": 4_000_000_000, "hours": 0.05},
+              plan | {"stage": "sft", "tokens_per_s": None, "peak_bytes": 9_000_000_000, "hours": None, "fits": False},
+              plan | {"stage": "dpo", "tokens_per_s": 100.0, "peak_bytes": 5_500_000_000, "hours": None}]  # fmt: skip
+    (run / "training_plan.json").write_text(json.dumps({"device": "cpu", "peak_flops": 1e12, "stages": stages}))
+    return run
+
+
+def test_plan_and_run_stand_side_by_side(tmp_path):
+    context = collect(trained_run(tmp_path))
+    assert context["planned"] == [
+        ["pretrain", "yes", "1,600", "2,000 (+25%)", "4.0", "4.4 (+10%)", "0.05", "0.05 (+0%)"],
+        ["sft", "no", "–", "–", "9.0", "–", "–", "–"],
+        ["dpo", "yes", "100", "90 (-10%)", "5.5", "4.4 (-20%)", "–", "0.05"],
+    ]
+    page, text = Page(to_html(context)).text, to_markdown(context)
+    for words in ("As planned, and as it was", "2,000 (+25%)", "11,500,000", "Bits per byte, held out", "5 steps, median 2,000 tokens/s"):
+        assert words in page, words
+    assert "| pretrain | yes | 1,600 | 2,000 (+25%)" in text and "2 pairs learned" in text and "bpb python 2" in text
+
+
+def test_the_hours_of_a_run_that_has_not_ended_are_not_compared(tmp_path):
+    run = trained_run(tmp_path)
+    lines = (run / "pretrain" / "metrics.jsonl").read_text().splitlines()
+    (run / "pretrain" / "metrics.jsonl").write_text("\n".join(lines[:-1]))
+    assert collect(run)["planned"][0][2:] == ["1,600", "2,000 (+25%)", "4.0", "–", "0.05", "–"]
+
+
+def test_pairs_are_counted_by_their_class(tmp_path):
+    (_, dpo) = collect(trained_run(tmp_path))["training"]
+    assert [(row["label"], row["value"]) for row in dpo["pairs"]] == [("learned", "2"), ("flipped", "1")]
+    assert ("learned", "2") not in dpo["facts"] and ("peak_gb", "4.4") in dpo["facts"]
+
+
+def test_a_plan_alone_has_a_report(tmp_path):
+    run = trained_run(tmp_path)
+    for path in [p for p in run.rglob("*") if p.is_file() and p.name != "training_plan.json"]:
+        path.unlink()
+    assert "1,600" in Page(to_html(collect(run))).text
+
+
+def test_hostile_names_of_evals_and_pairs_stay_text(tmp_path):
+    context = collect(trained_run(tmp_path, EVIL))
+    html = to_html(context)
+    assert Page(html).tags.isdisjoint({"script", "img"}) and "\x1b" not in html and "\u202e" not in html
+    assert "<img" not in to_markdown(context)

@@ -1,5 +1,4 @@
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -9,7 +8,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from model import checkpoint
 from model.config import ModelConfig
 from model.load import NOISE, adopt_rows, find, load_model, save_model
 from model.tokenizer import Tokenizer, added_token, adopt
@@ -106,63 +104,6 @@ def test_a_changed_template_is_refused_and_shown(loaded, tmp_path):
     (tmp_path / "meta.json").write_text(json.dumps(meta))
     with pytest.raises(UserError, match=r"another token template.*rules was 'older rules', is 'bos once"):
         load_model(tmp_path)
-
-
-STATE = {
-    "params": {"w": jnp.arange(6.0).reshape(2, 3)},
-    "optimizer": (jnp.ones(3, jnp.bfloat16), {"count": jnp.int32(5)}),
-    "step": jnp.int32(9),
-}
-
-
-def test_train_state_round_trip_keeps_the_newest(tmp_path):
-    for step in (1, 2, 3):
-        checkpoint.save(tmp_path, step, STATE, keep=2)
-    assert checkpoint.steps(tmp_path) == [2, 3] and checkpoint.latest(tmp_path) == 3
-    step, state = checkpoint.restore(tmp_path, jax.eval_shape(lambda: jax.tree.map(jnp.asarray, STATE)))
-    assert step == 3 and jax.tree.structure(state) == jax.tree.structure(STATE)
-    for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(STATE)):
-        assert a.dtype == jnp.asarray(b).dtype and np.array_equal(a, b)
-    assert list(checkpoint.restore(tmp_path, {"params": STATE["params"]}, step=2)[1]) == ["params"]  # weights alone
-
-
-def test_an_unfinished_step_is_named_and_not_used(tmp_path, monkeypatch, capsys):
-    checkpoint.save(tmp_path, 1, STATE)
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-        with pytest.raises(UserError, match="disk is full"):
-            checkpoint.save(tmp_path, 2, STATE)
-    assert checkpoint.latest(tmp_path) == 1
-    assert checkpoint.restore(tmp_path, STATE)[0] == 1
-    assert ".2.partial: an unfinished checkpoint" in capsys.readouterr().err.replace("\n", "")
-    checkpoint.save(tmp_path, 2, STATE)
-    assert [p.name for p in sorted((tmp_path / "checkpoints").iterdir())] == ["1", "2"]
-
-
-def test_a_step_killed_while_it_replaced_another_is_whole(tmp_path):
-    path = checkpoint.save(tmp_path, 4, STATE)
-    os.replace(path, path.with_name(".4.ready"))
-    assert checkpoint.latest(tmp_path) == 4
-    checkpoint.save(tmp_path, 4, {"params": STATE["params"]})
-    assert [p.name for p in (path).iterdir()] == ["params"] and checkpoint.steps(tmp_path) == [4]
-
-
-def test_a_damaged_step_is_named_and_the_one_before_is_taken(tmp_path, capsys):
-    checkpoint.save(tmp_path, 1, STATE)
-    damaged = checkpoint.save(tmp_path, 2, STATE)
-    for file in (damaged / "params").rglob("*"):
-        if file.is_file():
-            file.write_bytes(b"")
-    assert checkpoint.restore(tmp_path, STATE)[0] == 1
-    said = capsys.readouterr().err.replace("\n", "")
-    assert "checkpoints/2" in said and "cannot be read" in said and "trying the one before it" in said
-    with pytest.raises(UserError, match="cannot be read"):
-        checkpoint.restore(tmp_path, STATE, step=2)
-    shutil.rmtree(tmp_path / "checkpoints" / "1")
-    with pytest.raises(UserError, match="cannot be read"):
-        checkpoint.restore(tmp_path, STATE)
-    with pytest.raises(UserError, match="has no checkpoint"):
-        checkpoint.restore(tmp_path / "nothing", STATE)
 
 
 def test_a_model_trained_from_scratch_saves_and_loads(tmp_path):

@@ -132,9 +132,10 @@ def test_a_killed_run_resumes_to_the_same_bits(base, tuned, tmp_path, capsys):
     environment = os.environ | {"PYTHONPATH": str(here.parent)}  # tests/conftest.py sets JAX up as it is here
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, timeout=120)
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-2000:]
-    assert checkpoint.latest(tmp_path / "sft") == 3
+    saved = checkpoint.latest(tmp_path / "sft")
+    assert saved in (2, 3)  # the last one may still have been on its way
     assert sft.main(sft_config(base, tmp_path)) == 0
-    assert "going on at step 3 of" in capsys.readouterr().err
+    assert f"going on at step {saved} of" in capsys.readouterr().err
     assert same(params(tmp_path / "sft"), params(tuned / "sft"))
 
 

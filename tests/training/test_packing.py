@@ -1,13 +1,17 @@
+import jax
 import numpy as np
 import pytest
+from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_model import TEMPLATE, preference_rows, random_examples, sft_rows
+from tiny_model import TEMPLATE, decoder, preference_rows, random_examples, sft_rows
 
 from soul import conversation as c
 from soul.errors import UserError
 from soul.rows import write_rows
+from training import losses
 from training.data import Packed, Pair, best_fit, example, load_rows, pair
+from training.programs import Programs, plain_logprobs
 
 T = 32
 
@@ -105,3 +109,24 @@ def test_rows_that_cannot_be_rendered_or_are_of_the_wrong_kind_are_refused(tmp_p
         load_rows([tmp_path / "s.parquet"], "preference")
     with pytest.raises(UserError, match="no rows"):
         load_rows([tmp_path / "empty.parquet"], "sft")
+
+
+def test_packed_rows_give_the_loss_and_gradients_of_examples_without_segments():
+    """The other side knows nothing of packing: an example a row, no segments, no positions; what stands behind it is never looked at."""
+    graph, params = nnx.split(decoder())
+    programs = Programs(plain_logprobs(graph), losses.nll)
+    examples = random_examples(4, 13, T)
+    packed = Packed.build(examples, 2 * T, 8, 0)
+    assert packed.rows < len(examples) and max(len(unit) for block in packed.blocks for unit in block) > 2
+    at = np.concatenate([n * T + np.flatnonzero(e.mask) - 1 for n, e in enumerate(examples)])
+    rows = {
+        "ids": np.stack([np.pad(e.ids, (0, T - len(e)), constant_values=7) for e in examples]),
+        "at": at.astype(np.int32),
+        "targets": np.concatenate([e.ids[e.mask == 1] for e in examples]),
+        "weights": np.ones(len(at), np.float32),
+    }
+    (loss, (count, _)), grads = programs.accumulated(params, None, [packed.block(n) for n in range(len(packed.blocks))])
+    (plain_loss, (plain_count, _)), plain_grads = programs.gradients(params, None, jax.device_put(rows))
+    assert int(count) == int(plain_count) == len(at) and float(loss) == pytest.approx(float(plain_loss), rel=1e-6)
+    for x, y in zip(jax.tree.leaves(grads), jax.tree.leaves(plain_grads), strict=True):
+        np.testing.assert_allclose(x, y, rtol=2e-4, atol=1e-5 * float(np.abs(y).max()))
