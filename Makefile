@@ -16,9 +16,9 @@ quickstart: $(VENV)/.installed  ## SOUL.md to data, model, evals and report (ARG
 test: $(VENV)/.installed-dev  ## the whole suite, hermetic
 	$(BIN)/python -m pytest -n 2 $(ARGS)
 
-test-parity: $(VENV)/.installed-dev  ## against transformers and torch
+test-parity: $(VENV)/.installed-dev  ## against transformers, TRL and torch
 	$(PIP) install -r requirements-parity.txt
-	$(BIN)/python -m pytest tests/model/test_parity.py -rs $(ARGS)
+	$(BIN)/python -m pytest tests/model/test_parity.py tests/training/test_trl_parity.py -rs $(ARGS)
 
 test-vllm: $(VENV)/.installed-dev  ## against a real vLLM: VLLM_PYTHON=PATH of an environment that has it
 	VLLM_PYTHON=$(VLLM_PYTHON) $(BIN)/python -m pytest tests/vllm -rs -s $(ARGS)

@@ -17,6 +17,7 @@ import tempfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -38,12 +39,14 @@ class Config:
     depth: int = 4
     minutes: float = 10.0
     length: int = 512
-    rows: int = 16
+    rows: int = 8
     """Rows per step."""
     peer_python: Path | None = None
     nanochat: Path | None = None
     kind: str = "bfloat16"
     """The peer's arithmetic: the faster of float32 and bfloat16 here (bench/train.py)."""
+    rates: Literal["raised", "law"] = "raised"
+    """The peer's: "law" are its own for so small a batch, "raised" do better in a short run (bench/peers/nanochat_pretrain.py)."""
     seed: int = 0
 
 
@@ -59,7 +62,7 @@ def compressors(corpus: Corpus) -> dict[str, dict[str, float]]:
 
 def ours(config: Config) -> dict:
     command = [Path(sys.executable).parent / "soulsmith", "pretrain", "--out", config.out, "--data", config.corpus, "--depth", config.depth,
-               "--length", config.length, "--batch-tokens", config.rows * config.length, "--minutes", config.minutes, "--seed", config.seed]  # fmt: skip
+               "--length", config.length, "--batch-tokens", config.rows * config.length, "--minutes", config.minutes, "--eval-tokens", 8192, "--seed", config.seed]  # fmt: skip
     subprocess.run(list(map(str, command)), check=True)
     return read_json(config.out / "pretrain" / "results.json")
 
@@ -73,7 +76,7 @@ def peer(config: Config, corpus: Corpus, steps: int) -> dict:
         np.save(Path(directory, "bytes.npy"), np.pad(corpus.token_bytes, (0, -len(corpus.token_bytes) % 64)))
         for source, validation in corpus.validation.items():
             np.save(Path(directory, f"validation-{source.replace('/', '_')}.npy"), validation)
-        numbers = config.depth, -(-corpus.tokenizer.vocab_size // 64) * 64, config.minutes, config.rows
+        numbers = config.depth, -(-corpus.tokenizer.vocab_size // 64) * 64, config.minutes, config.rows, config.rates
         command = [config.peer_python, PEER, config.kind, config.nanochat, *numbers, directory]
         run = subprocess.run(list(map(str, command)), check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(run.stdout.splitlines()[-1])
@@ -90,7 +93,7 @@ def main(config: Config) -> int:
     if config.peer_python:
         theirs = peer(config, corpus, mine["tokens"] // (config.rows * config.length))
         table["nanochat"] = theirs["bpb"]
-        print(f"nanochat: {theirs['steps']} steps, {theirs['tokens_per_s']:,.0f} tokens/s")
+        print(f"nanochat ({config.rates}): {theirs['steps']} steps, {theirs['tokens_per_s']:,.0f} tokens/s")
     names = list(corpus.held_out)
     print("bits per byte".ljust(16) + "".join(name.rjust(20) for name in names))
     for who, scores in table.items():

@@ -36,6 +36,7 @@ from training import depth as dials
 from training import losses
 from training.data import Example, Packed, Pair
 from training.fit import TrainState, updater
+from training.muon import muon_adamw
 from training.optim import OptimConfig, adamw
 from training.programs import Programs, plain_logprobs, plain_nll
 from training.run import peak_bytes
@@ -47,7 +48,7 @@ PEERS = Path(__file__).parent / "peers"
 class Config:
     """Time one training step."""
 
-    stage: Literal["pretrain", "sft", "dpo"]
+    stage: tyro.conf.Positional[Literal["pretrain", "sft", "dpo"]]
     depth: int = 4
     vocab: int = 8192
     rows: int = 4
@@ -66,7 +67,7 @@ class Config:
 def pretraining(config: Config):
     """(programs, optimizer, params, micro-batches) of a step of pretraining."""
     plan = dials.dial(config.depth, config.vocab, length=config.length)
-    graph, params = nnx.split(Decoder(plan.model, nnx.Rngs(0), compute=config.compute))
+    graph, params = nnx.split(dials.fresh(plan.model, 0, config.compute))
     rng = np.random.default_rng(0)
 
     def micro() -> dict:
@@ -74,7 +75,8 @@ def pretraining(config: Config):
         return {"ids": ids[:, :-1], "targets": ids[:, 1:].reshape(-1), "weights": np.ones(config.rows * config.length, np.float32)}
 
     batches = [micro() for _ in range(8192 // (config.rows * config.length))]
-    return Programs(plain_logprobs(graph), losses.nll, total=plain_nll(graph)), plan.optimizer(100), params, batches
+    optimizer = muon_adamw(plan.rates, 1000, ops.resolve_compute(config.compute))
+    return Programs(plain_logprobs(graph), losses.nll, total=plain_nll(graph)), optimizer, params, batches
 
 
 def tuning(config: Config, dpo: bool):
@@ -91,7 +93,7 @@ def tuning(config: Config, dpo: bool):
     packed = Packed.build(items, config.length, config.rows, 0)
     batch = packed.batch(0) | ({"reference": np.full(packed.supervised, -10.0, np.float32)} if dpo else {})
     if dpo:
-        programs = Programs(plain_logprobs(graph), losses.dpo(0.1), fused=False)
+        programs = Programs(plain_logprobs(graph), losses.Preference(beta=0.1), fused=False)
     else:
         programs = Programs(plain_logprobs(graph), losses.nll, total=plain_nll(graph))
     return programs, adamw(OptimConfig(), 100), params, [batch]

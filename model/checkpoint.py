@@ -273,7 +273,7 @@ def _verify(path: Path, items: tuple[str, ...]) -> None:
 def _restore_item(path: Path, tree):
     import orbax.checkpoint as ocp
 
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
     def target(leaf):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or here)

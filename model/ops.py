@@ -109,12 +109,17 @@ def rope_table(positions_bt, d_head: int, theta: float) -> tuple[jax.Array, jax.
     return lax.optimization_barrier((jnp.cos(angle), jnp.sin(angle)))
 
 
+@jax.custom_vjp
 def rope(x_bthk, table) -> jax.Array:
-    """Rotate the halves of each head, Hugging Face convention (element i pairs with i + h/2)."""
-    cos, sin = (half[:, :, :, None] for half in table)
-    x = x_bthk.astype(F32).reshape(*x_bthk.shape[:-1], 2, -1)  # swapping two halves vectorises, a concatenation does not
-    sign = jnp.array([-1.0, 1.0], F32).reshape(1, 1, 1, 2, 1)
-    return (x * cos + lax.rev(x, (3,)) * (sign * sin)).reshape(x_bthk.shape).astype(x_bthk.dtype)
+    """Rotate the halves of each head, Hugging Face convention (element i pairs with i + h/2). The barrier keeps XLA from working the
+    concatenation into its neighbours, element by element; the backward is the rotation by the opposite angle."""
+    cos, sin = table
+    a, b = jnp.split(x_bthk.astype(F32), 2, axis=-1)
+    halves = lax.optimization_barrier((a * cos - b * sin, b * cos + a * sin))
+    return jnp.concatenate(halves, axis=-1).astype(x_bthk.dtype)
+
+
+rope.defvjp(lambda x, table: (rope(x, table), table), lambda table, g: (rope(g, (table[0], -table[1])), None))
 
 
 def token_logprobs(x_nd, head_vd, targets_n, compute: str = "fp32", chunk: int = 256) -> jax.Array:

@@ -143,12 +143,17 @@ class Run:
                  layout: Layout):  # fmt: skip
         self.part, self.preference, self.packed, self.held, self.directory = part, preference, packed, held, directory
         self.batches = batches
-        self.sights = Sights(directory / "margins.jsonl", packed, lambda number, logp_n: self.per_pair(number, logp_n)[:, 0])
+        self.sights = Sights(self.file("margins.jsonl"), packed, lambda number, logp_n: self.per_pair(number, logp_n)[:, 0])
         self.programs = Watched(part.logprobs, preference, self.sights, layout)
         n = len(packed.blocks)
         self.held_blocks = range(n, n + (min(len(held.blocks), -(-batches // SCORED)) if held else 0))
         self.start_n: np.ndarray
         """Blocks × N: the starting weights' log p of each supervised token, NaN where nothing needs it."""
+
+    def file(self, name: str) -> Path:
+        """A file of the run; of several processes, each but the first writes its own."""
+        stem, kind = name.split(".")
+        return self.directory / (f"{stem}-{process}.{kind}" if (process := jax.process_index()) else name)
 
     def prepare(self, identity: dict) -> None:
         """Compute what the starting weights say. Raises UserError where the first loss would not be that of equal weights."""
@@ -166,7 +171,7 @@ class Run:
 
     def batch(self, k: int) -> dict[str, np.ndarray]:
         if self.sights.next is None:
-            self.sights.next = k
+            self.sights.next = k - k % self.programs.layout.shards  # the first of those that run at once, of which this process has some
         return self.with_reference(self.packed.block_of(k))
 
     def logprobs(self, params: Any, numbers: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
@@ -189,7 +194,7 @@ class Run:
 
         def look(step: int, state: TrainState) -> dict[str, float]:
             nonlocal said
-            found = displacement(read_metrics(self.directory / "metrics.jsonl"), every)
+            found = displacement(read_metrics(self.file("metrics.jsonl")), every)
             if found["displaced"]:
                 what = (
                     f"chosen replies are {-found['shift']:.2f} nats per token less likely than before, at accuracy {found['accuracy']:.2f}"
@@ -214,7 +219,7 @@ class Run:
             after = {i: float(row[0]) for n in worst for i, row in zip(slots(self.packed, n), scored[n])}
             known = [n for n in range(len(self.packed.blocks)) if not np.isnan(self.start_n[n, 0])]
             start = {i: row[1:] for n in known for i, row in zip(slots(self.packed, n), self.per_pair(n, self.start_n[n]))}
-            counts = report(self.directory / "pairs.jsonl", ledger(pairs, seen, after, start), pairs, template)
+            counts = report(self.file("pairs.jsonl"), ledger(pairs, seen, after, start), pairs, template)
             return self.held_out([scored[n] for n in self.held_blocks]) | counts
 
         return Eval(end)
@@ -249,8 +254,9 @@ def reference_logprobs(run: Run, needed: Sequence[int], identity: dict) -> np.nd
     Kept in the run's directory under a key of weights, data, template, arithmetic and packing; a block that is not known yet is NaN there.
     """
     settings = {name: identity["settings"][name] for name in ("length", "batch_rows", "seed", "compute", "lora", "held")}
-    key = sha256_json({**identity, "settings": settings, "jax": jax.__version__, "device": jax.devices()[0].device_kind})
-    path = run.directory / f"reference-{key[:16]}.npy"
+    mesh = dict(run.programs.layout.mesh.shape) if run.programs.layout.mesh else {}
+    key = sha256_json({**identity, "settings": settings, "jax": jax.__version__, "device": jax.devices()[0].device_kind, "mesh": mesh})
+    path = run.file(f"reference-{key[:16]}.npy")
     out = np.full((run.held_blocks.stop, run.packed.supervised), np.nan, np.float32)
     if path.exists():
         known = np.load(path, allow_pickle=False)

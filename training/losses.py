@@ -120,7 +120,3 @@ class Preference:
         if self.needs_reference:
             metrics["chosen_shift"] = by_branch(logp_n - batch["reference"], batch)[0]
         return jnp.sum(per_pair * real), (jnp.sum(real), {name: jnp.sum(value * real) for name, value in metrics.items()})
-
-
-def dpo(beta: float, smoothing: float = 0.0, alpha: float = 0.0) -> Preference:
-    return Preference("sigmoid", beta, smoothing, alpha)

@@ -40,7 +40,7 @@ from training.muon import muon_adamw
 from training.optim import adamw
 from training.programs import Programs
 
-PROBES = (4, 8)  # layers. In the shape of SmolLM2-135M the first four cost a quarter less than later ones: their weights are still in cache
+PROBES = (4, 8)  # layers. In the shape of SmolLM2-135M the first few cost a fifth less than later ones (cache, probably)
 FULL = 0.9  # share of the available memory that a plan may fill
 CODE = 22e6  # bytes that compiling a layer leaves behind in a process on CPU (0.66 GB for 30 layers)
 PEAKS = {  # dense bf16 TFLOP/s as the makers publish them, by a piece of jax's device_kind; the first that matches

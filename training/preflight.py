@@ -89,17 +89,6 @@ def check_template(template: Template, vocab_size: int) -> None:
             raise UserError(f"{token} has id {number}, outside the model's vocabulary of {vocab_size}", where="tokenizer")
 
 
-def check_step_zero(margins: np.ndarray, per_pair: np.ndarray) -> None:
-    """Before the first DPO step policy and reference are the same weights: each margin is 0 and each loss ln 2, in every bit.
-
-    Raises:
-        UserError: when they are not, so the reference log-probs are not this model's on these rows.
-    """
-    if np.any(margins != 0) or np.any(per_pair != np.float32(np.log(2))):
-        raise UserError(f"step-0 DPO loss is {per_pair.mean():.7f}, not ln 2 (largest margin {np.abs(margins).max():.3g})",
-                        where="preflight", fix="Delete reference-*.npy in the run's dpo directory and run again.")  # fmt: skip
-
-
 def check_shares(items: Sequence[Example]) -> None:
     """Refuse (UserError) data of which next to nothing is trained, or next to everything."""
     trained, tokens = sum(int(item.mask.sum()) for item in items), sum(map(len, items))

@@ -70,7 +70,7 @@ class Config:
     kv_heads: int | None = None
     """Key-value heads; without, as many as query heads."""
     d_head: int | None = None
-    """Width of a head; without, 128 in models at least 768 wide, else 64."""
+    """Width of a head; without, 128."""
     tied: bool = False
     """One matrix for embedding and head."""
     midtrain: Path | None = None
@@ -109,7 +109,7 @@ def main(config: Config, clock: Callable[[], float] = time.monotonic) -> int:
     graph, params = nnx.split(model)
     state_bytes = 4 * sum(p.size for p in jax.tree.leaves(params)) * 4  # weights, gradients, two moments
     layout = Layout(make_mesh(config.mesh, accumulate=plan.accumulate, state_bytes=state_bytes), plan.model)
-    programs = Programs(plain_logprobs(graph), losses.nll, layout=layout, total=plain_nll(graph))
+    params, programs = layout.put(params), Programs(plain_logprobs(graph), losses.nll, layout=layout, total=plain_nll(graph))
     data = {"corpus": corpus.hash, "tokenizer": corpus.tokenizer_hash, "midtrain": sha256_json(extra.tolist())}
     if config.minutes:
         plan = timed_plan(config, directory / "horizon.json", data, programs, params, corpus, model.compute, clock)
@@ -136,6 +136,8 @@ def opened(config: Config) -> Corpus:
     """The corpus, its template checked. Raises UserError for settings that contradict each other or a corpus that is not there."""
     if config.steps is not None and config.minutes is not None:
         raise UserError("--steps and --minutes both set the horizon", fix="Give one of them.")
+    if config.minutes is not None and jax.process_count() > 1:
+        raise UserError("--minutes measures one process; several would each choose another horizon", fix="Give --steps or --ratio.")
     for name in ("depth", "ratio", "steps", "minutes", "length", "batch_rows", "batch_tokens", "kv_heads", "d_head"):
         if (value := getattr(config, name)) is not None and value <= 0:
             raise UserError(f"--{name.replace('_', '-')} must be more than 0, not {value}")
@@ -214,7 +216,8 @@ def timed_plan(config: Config, path: Path, data: dict, programs: Programs, param
 def step_times(plan: Plan, programs: Programs, params, corpus: Corpus, compute: str, clock) -> tuple[float, float, float]:
     """Seconds per token of forward and backward, per update, and per token of an eval: the medians of three after the one that compiles."""
     optimizer, shards = muon_adamw(plan.rates, plan.steps, compute), programs.layout.shards
-    state, update = TrainState(jax.tree.map(jnp.copy, params), jax.jit(optimizer.init)(params)), updater(optimizer)
+    state = TrainState(jax.tree.map(jnp.copy, params), programs.layout.init(optimizer.init, params))
+    update = updater(optimizer, programs.layout.shardings(state))
     batches, times = [corpus.batch(k, plan.batch_rows, 0) for k in range(shards)], []
     for _ in range(4):
         marks = [clock()]

@@ -189,7 +189,7 @@ def train(job: Job) -> int:
     if step < steps:
         console.print(f"stopped at step {step} of {steps}. Go on with: {job.command}")
         return 130
-    final = job.merge(state.params)
+    final = state.params if job.frozen is None else layout.put(job.merge(layout.whole(state.params)))
     kept = {"opt_state": state.opt_state} if job.keep_optimizer else {}
     checkpoint.save(out, steps, {"params": final} | kept, keep=1, keep_every=config.keep_every)
     console.print(f"model: {out}")
@@ -199,7 +199,7 @@ def train(job: Job) -> int:
 
 def peak_bytes() -> int:
     """The most memory this process has had: of the first accelerator, or resident on the host."""
-    stats = jax.devices()[0].memory_stats() or {}
+    stats = jax.local_devices()[0].memory_stats() or {}
     unit = 1 if sys.platform == "darwin" else 1024
     return stats.get("peak_bytes_in_use") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

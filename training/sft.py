@@ -76,7 +76,7 @@ def main(config: Config) -> int:
     more = ({"lora": config.lora} if config.lora else {}) | ({"warm_start": config.init_lr_frac} if warm else {})
     return train(this.job(
         packed, programs, packed.batch, more, meta | more, params=model.params, frozen=frozen, merge=model.merge,
-        evals=evals(this, programs, model.frozen, parts, packed.supervised, steps, config.validation),
+        evals=evals(this, programs, frozen, parts, packed.supervised, steps, config.validation),
         after=lambda params: write_samples(this, params, parts), **warm))  # fmt: skip
 
 

@@ -1,9 +1,10 @@
 """Pretrain nanochat's own model with its optimizer and schedules for some minutes on rows that are given, and print its bits per byte.
 
-    python nanochat_pretrain.py float32|bfloat16 CHECKOUT DEPTH VOCAB MINUTES ROWS_PER_STEP DIRECTORY
+    python nanochat_pretrain.py float32|bfloat16 CHECKOUT DEPTH VOCAB MINUTES ROWS_PER_STEP law|raised DIRECTORY
 
 DIRECTORY holds train.npy (rows × T+1, in the order to be used), bytes.npy (bytes of each id) and validation-NAME.npy. Compiling and the
-timing of five steps, from which the horizon follows, are not counted. Settings are those of its scripts/base_train.py at commit 92d63d4.
+timing of five steps, from which the horizon follows, are not counted. `law`: settings of its scripts/base_train.py at commit 92d63d4, where rates
+shrink with the root of the batch. `raised`: Muon's rate stays at .02 and the decay at .28, as ours do in short runs: it is the stronger peer.
 """
 
 import json
@@ -13,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-kind, checkout, *numbers, directory = sys.argv[1:]
+kind, checkout, *numbers, scaling, directory = sys.argv[1:]
 depth, vocab, minutes, rows = int(numbers[0]), int(numbers[1]), float(numbers[2]), int(numbers[3])
 directory = Path(directory)
 os.environ["NANOCHAT_DTYPE"] = kind
@@ -44,7 +45,10 @@ def optimizer_of(model):
     scale = math.sqrt(batch_tokens / 2**19)
     rates = {"unembedding_lr": 0.008, "embedding_lr": 0.3, "scalar_lr": 0.5, "matrix_lr": 0.02}
     decay = 0.28 * scale * scaling_params(12) / scaling_params(depth)
-    return model.setup_optimizer(**{name: rate * scale for name, rate in rates.items()}, weight_decay=decay), decay
+    scaled = {name: rate * scale for name, rate in rates.items()}
+    if scaling == "raised":
+        scaled["matrix_lr"], decay = 0.02, min(decay, 0.28)
+    return model.setup_optimizer(**scaled, weight_decay=decay), decay
 
 
 def step(run, model, optimizer, number: int, steps: int, decay: float) -> float:

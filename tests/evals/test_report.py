@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from evals import sections
 from evals.report import Config, collect, main, to_html, to_markdown
 from evals.stats import share
 from soul.conversation import assistant, tool, tool_call, user
@@ -170,7 +171,9 @@ def trained_run(root: Path, text="python") -> Path:
     for stage, speed in (("pretrain", 2000.0), ("dpo", 90.0)):
         (run / stage).mkdir(parents=True)
         lines = [{"step": i, "loss": 2.0, "seconds": 36.0, "tokens_per_s": speed if i else 1.0} for i in range(5)]
-        lines += [{"step": n, "eval": {f"bpb {text}": 2.5 - n / 10}} for n in (2, 5)] + [{"step": 5, "eval": {"peak_gb": 4.4, "learned": 2.0}}]
+        lines += [{"step": n, "eval": {f"bpb {text}": 2.5 - n / 10}} for n in (2, 5)] + [
+            {"step": 5, "eval": {"peak_gb": 4.4, "learned": 2.0}}
+        ]
         (run / stage / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
     (run / "pretrain" / "results.json").write_text(json.dumps({"bpb": {text: 2.0}, "params": 11_500_000, "tokens": 4096, "steps": 5}))
     (run / "dpo" / "pairs.jsonl").write_text("\n".join(json.dumps({"id": text, "class": c}) for c in ("learned", "flipped", "learned")))
@@ -220,3 +223,9 @@ def test_hostile_names_of_evals_and_pairs_stay_text(tmp_path):
     html = to_html(context)
     assert Page(html).tags.isdisjoint({"script", "img"}) and "\x1b" not in html and "\u202e" not in html
     assert "<img" not in to_markdown(context)
+
+
+def test_the_step_that_compiles_is_no_speed():
+    rows = [{"step": n, "tokens_per_s": speed} for n, speed in enumerate((1.0, 2.0, 90.0))]
+    assert sections.training("sft", rows, {}, [])["note"] == "3 steps, median 90 tokens/s"
+    assert sections.training("sft", rows[:1], {}, [])["note"] == "1 steps, median 1 tokens/s"

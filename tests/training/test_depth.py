@@ -16,23 +16,23 @@ from training.depth import dial, fresh, parameters, scaling_params, shape
 def test_the_shape_follows_from_the_depth():
     known = {d: shape(d, 32768, 512) for d in (1, 4, 6, 12, 20)}
     assert {d: (c.d_model, c.n_heads, c.d_head, c.d_ff) for d, c in known.items()} == {
-        1: (128, 2, 64, 320), 4: (256, 4, 64, 704), 6: (384, 6, 64, 1024), 12: (768, 6, 128, 2048), 20: (1280, 10, 128, 3392)}  # fmt: skip
+        1: (128, 1, 128, 320), 4: (256, 2, 128, 704), 6: (384, 3, 128, 1024), 12: (768, 6, 128, 2048), 20: (1280, 10, 128, 3392)}  # fmt: skip
     assert all(ModelConfig.from_hf(c.to_hf()) == c and c.to_hf()["architectures"] == ["Qwen3ForCausalLM"] for c in known.values())
     assert shape(4, 8191, 512).vocab_size == 8192 and shape(4, 8193, 512).vocab_size == 8256
-    assert shape(4, 8192, 512, kv_heads=2).n_kv_heads == 2
+    assert shape(4, 8192, 512, kv_heads=1).n_kv_heads == 1
     with pytest.raises(UserError, match="cannot share 3"):
         shape(4, 8192, 512, kv_heads=3)
 
 
 def test_a_horizon_counts_the_parameters_that_multiply():
-    config = shape(4, 8192, 512, kv_heads=2)
+    config = shape(4, 8192, 512, kv_heads=2, d_head=64)
     d, f = 256, 704
     blocks = 4 * (2 * d * d + 2 * d * 128 + 3 * d * f)
     assert scaling_params(config) == blocks + 8192 * d
     assert (
         parameters(config) == sum(math.prod(spec.shape) for spec in param_table(config)) == blocks + 2 * 8192 * d + 4 * (2 * d + 2 * 64) + d
     )
-    tied = shape(4, 8192, 512, tied=True)
+    tied = shape(4, 8192, 512, tied=True, d_head=64)
     assert scaling_params(tied) == 4 * (4 * d * d + 3 * d * f) + 8192 * d == parameters(tied) - 4 * (2 * d + 2 * 64) - d
 
 

@@ -29,23 +29,22 @@ def main(out: Path) -> None:
 
     layout = Layout(make_mesh("data=2,fsdp=2", accumulate=ACCUMULATE), CONFIG)
     built = []
-    state, losses, scores = train(layout, built)
+    state, losses, scores = train(layout, built, out / f"metrics-{jax.process_index()}.jsonl")
     assert all(k % 4 // 2 == jax.process_index() for k in built) and len(built) == STEPS * ACCUMULATE // 2
     checkpoint.save(out / "run", STEPS, vars(state))
     if jax.process_index() == 0:
         np.savez(out / "got.npz", losses=losses, **{f"score{n}": s for n, s in enumerate(scores)})
 
 
-def train(layout, built):
-    """Through the functions that the commands use; `built` collects the numbers of the micro-batches that were made here."""
-    import jax
+def train(layout, built, metrics):
+    """State, losses, and log-probs before the first step; `built` collects the numbers of the micro-batches that were made here."""
     import numpy as np
     from flax import nnx
     from tiny_model import decoder, random_examples
 
     from training import losses
     from training.data import Packed
-    from training.fit import TrainState, _update
+    from training.fit import FitConfig, Hooks, TrainState, fit, read_metrics
     from training.optim import OptimConfig, adamw
     from training.programs import Programs, plain_logprobs
 
@@ -54,17 +53,15 @@ def train(layout, built):
     programs = Programs(plain_logprobs(graph), losses.nll, layout=layout)
     optimizer = adamw(OptimConfig(lr=1e-2), STEPS)
     params = layout.put(params)
-    state = TrainState(params, layout.init(optimizer.init, params))
     scores = [*programs.scores(params, None, [packed.batch(k) for k in range(5)])]
-    update = jax.jit(lambda state, grads, value: _update(optimizer, state, grads, value), out_shardings=(layout.shardings(state), None))
-    seen = []
-    for step in range(STEPS):
-        numbers = layout.local(range(step * ACCUMULATE, (step + 1) * ACCUMULATE))
-        built += numbers
-        value, grads = programs.accumulated(state.params, None, [packed.batch(k) for k in numbers])
-        state, metrics = update(state, grads, value)
-        seen.append(float(metrics["loss"]))
-    return state, np.array(seen), scores
+
+    def batch(k):
+        built.append(k)
+        return packed.batch(k)
+
+    state, _ = fit(programs, optimizer, TrainState(params, layout.init(optimizer.init, params)), batch, FitConfig(STEPS, ACCUMULATE),
+                   Hooks(lambda step, state: None, metrics))  # fmt: skip
+    return state, np.array([line["loss"] for line in read_metrics(metrics)]), scores
 
 
 def start(spec: str, out: Path) -> subprocess.Popen:
@@ -91,7 +88,7 @@ def test_two_processes_train_what_one_does(tmp_path):
         port = free.getsockname()[1]
     both = [start(f"127.0.0.1:{port},2,{n}", tmp_path) for n in (0, 1)]
     try:
-        state, losses, scores = train(Layout(), [])
+        state, losses, scores = train(Layout(), [], tmp_path / "alone.jsonl")
         faults = [process.communicate(timeout=240)[1] for process in both]
     finally:
         for process in both:

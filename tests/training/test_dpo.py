@@ -18,6 +18,7 @@ from training import dpo, losses
 from training.data import Packed, Pair, pair
 from training.fit import read_evals, read_metrics
 from training.ledger import Sights, displacement, ledger, slots
+from training.mesh import ONE_DEVICE
 from training.optim import OptimConfig
 from training.programs import Programs, plain_logprobs
 from training.run import TrainConfig
@@ -99,6 +100,17 @@ def test_a_stopped_run_ends_with_the_weights_and_the_ledger_of_an_uninterrupted_
     assert same(*(nnx.split(load_model(tmp_path / name / "dpo").model)[1] for name in ("cut", "whole")))
 
 
+def test_shards_tell_the_ledger_what_one_device_does(base, tmp_path):
+    found = []
+    for name, mesh in (("one", "auto"), ("eight", "data=4,fsdp=2")):
+        train = replace(TRAIN, batch_rows=1, accumulate=8, epochs=2.0, mesh=mesh)
+        assert dpo.main(config(base, tmp_path / name, "many", train=train)) == 0
+        found.append({entry["id"]: (entry["sights"], entry["first"], entry["last"]) for entry in pairs_file(tmp_path / name)})
+    assert found[0].keys() == found[1].keys()
+    for row, (sights, *margins) in found[0].items():
+        assert found[1][row][0] == sights and found[1][row][1:] == pytest.approx(margins, abs=2e-4)
+
+
 @pytest.mark.parametrize(
     "changes",
     [{"beta": 0.0}, {"beta": float("nan")}, {"smoothing": 0.5}, {"smoothing": 0.1, "loss": "ipo"}, {"gamma": 0.5}, {"nll": -1.0}, {"validation": 0.6}],
@@ -127,7 +139,7 @@ def test_pairs_of_a_prompt_are_held_out_together():
 
 def test_held_out_pairs_fit_the_program_of_training():
     """Whichever side has the block with the most trained tokens."""
-    sizes = [480, 200, 200, 200] + [10] * 56
+    sizes = [480, 150] + [10] * 58
     rows = [{"id": str(i), "prompt": [c.user(f"add {i}")], "chosen": [c.assistant("a" * n)], "rejected": [c.assistant("b" * n)]}
             for i, n in enumerate(sizes)]  # fmt: skip
     items, larger = [pair(TEMPLATE, row) for row in rows], set()
@@ -145,7 +157,7 @@ def test_watching_changes_no_bit_and_one_executable_serves_all(tmp_path):
     packed = Packed.build([pair(TEMPLATE, row) for row in preference_rows(9)], 64, 2, 0)
     loss, seen = losses.Preference("sigmoid", 0.1), []
     sights = Sights(tmp_path / "margins.jsonl", packed, lambda number, logp_n: seen.append(logp_n) or np.zeros(len(slots(packed, number))))
-    watched, plain = dpo.Watched(plain_logprobs(graph), loss, sights), Programs(plain_logprobs(graph), loss, fused=False)
+    watched, plain = dpo.Watched(plain_logprobs(graph), loss, sights, ONE_DEVICE), Programs(plain_logprobs(graph), loss, fused=False)
     sights.next = 0
     ((reference,),) = [list(watched.scores(params, None, [dpo.inputs(packed.batch(0))]))]
     batch = jax.device_put(packed.batch(0) | {"reference": reference})

@@ -78,15 +78,6 @@ def test_control_ids_must_be_distinct_and_in_the_vocabulary():
         preflight.check_template(TEMPLATE, 260)
 
 
-def test_step_zero_must_be_ln_2():
-    ln2 = np.full(3, np.float32(np.log(2)))
-    preflight.check_step_zero(np.zeros(3), ln2)
-    with pytest.raises(UserError, match="not ln 2"):
-        preflight.check_step_zero(np.array([0, 1e-9, 0]), ln2)
-    with pytest.raises(UserError, match="not ln 2"):
-        preflight.check_step_zero(np.zeros(3), np.nextafter(ln2, np.float32(1)))
-
-
 def test_a_turn_that_only_calls_is_not_empty():
     said = [c.user("hi"), c.assistant("", c.tool_call("Read", file_path="a")), c.tool("x"), c.assistant("it is x")]
     for messages in (said, said[:2], [c.user("hi"), c.assistant(""), c.user("?"), c.assistant("ho")]):
