@@ -77,6 +77,12 @@ def apart(a, b) -> float:
     return max(float(np.abs(np.asarray(x) - np.asarray(y)).max() / (np.abs(np.asarray(y)).max() + 1e-30)) for x, y in pairs)
 
 
+def distance(a, b) -> float:
+    """The largest relative Frobenius distance of any leaf."""
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return max(float(np.linalg.norm(np.asarray(x) - np.asarray(y)) / np.linalg.norm(np.asarray(y))) for x, y in pairs)
+
+
 def placed(tree, layout) -> bool:
     pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(layout.shardings(tree)), strict=True)
     return all(x.sharding.is_equivalent_to(sharding, x.ndim) for x, sharding in pairs)
@@ -125,11 +131,16 @@ def alone_trained(tmp_path_factory):
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_six_steps_are_those_of_one_device(tmp_path, alone_trained, optimizer, spec="data=2,fsdp=4"):
-    """Measured: losses 9e-8, weights 4e-5 of each leaf's largest (Adam makes a step of the rounding of a tiny gradient)."""
+    """Measured: losses 2e-7, weights 4e-5 of each leaf's largest, embedding 1.3e-4 of its norm.
+
+    The embedding by its norm: Adam makes a whole step of a single element whose gradient cancels to its rounding (7e-10 beside 9).
+    """
     state, losses_ = trained(tmp_path, optimizer, spec)
     expected, expected_losses = alone_trained[optimizer]
     assert expected_losses[-1] < expected_losses[0] - 0.5
-    assert apart(losses_, expected_losses) < 1e-5 and apart(state.params, expected.params) < 1e-3
+    assert apart(losses_, expected_losses) < 1e-5 and distance(state.params, expected.params) < 1e-3
+    rest, expected_rest = ({name: leaf for name, leaf in tree.items() if name != "embed"} for tree in (state.params, expected.params))
+    assert apart(rest, expected_rest) < 1e-3
     assert placed(state, layout_of(spec))
 
 
