@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-BLOCK = 64  # queries per block on CPU: 64 keeps scores in cache (43 ms a SmolLM2 layer at 4 × 512 forward + backward; einsum 112)
+# queries (backward: keys) per block on CPU: scores stay in cache (a SmolLM2 layer at 4 × 512, forward + backward, 30 ms; einsum 112)
+BLOCK = 128
 HIDDEN = -1e30  # finite, so that a row never computes inf - inf
 log = logging.getLogger(__name__)
 
@@ -19,12 +20,7 @@ def attention(q_bthk, k_bskh, v_bskh, segments_bt=None, compute: str = "fp32") -
     """Causal attention -> B×T×H×h in fp32; query head j reads kv head j // G. `segments_bt`: runs of equal ids see only themselves."""
     kind = jnp.bfloat16 if compute == "bf16" else jnp.float32
     if jax.default_backend() == "cpu":
-        b, t, heads, h = q_bthk.shape
-        q_bktgh = (q_bthk * h**-0.5).reshape(b, t, k_bskh.shape[2], -1, h).transpose(0, 2, 1, 3, 4)
-        k_bksh, v_bksh = k_bskh.transpose(0, 2, 1, 3), v_bskh.transpose(0, 2, 1, 3)
-        first_bt = segment_starts(q_bthk.shape[:2], segments_bt)
-        out = lax.map(lambda row: _blockwise(*row, kind), (q_bktgh, k_bksh, v_bksh, first_bt))
-        return out.transpose(0, 2, 1, 3, 4).reshape(b, t, heads, h)
+        return _attend(q_bthk, k_bskh, v_bskh, segment_starts(q_bthk.shape[:2], segments_bt), kind)
     q, k, v = (x.astype(kind) for x in (q_bthk, k_bskh, v_bskh))
     if segments_bt is None:
         fast = kind == jnp.bfloat16 and cudnn_works(q.shape[-1])
@@ -59,61 +55,88 @@ def segment_starts(shape, segments_bt=None) -> jax.Array:
     return lax.cummax(jnp.where(new_bt, at_bt, 0), axis=1)
 
 
-def _dot(a, b, axis_a, axis_b, kind):
-    """Product per kv head in fp32, contracting axis_a with axis_b."""
-    return lax.dot_general(a.astype(kind), b.astype(kind), (((axis_a,), (axis_b,)), ((0,), (0,))), preferred_element_type=jnp.float32)
+def _dot(a, b, axis_b):
+    """Products of stacks in fp32, a's last axis with `axis_b` of b: the forms that are fast on CPU have no transposed left operand."""
+    return lax.dot_general(a, b, (((2,), (axis_b,)), ((0,), (0,))), preferred_element_type=jnp.float32)
 
 
 def _blocks(t):
-    """Query blocks, at most 8: more would cost compile time (30 layers at 4 blocks 7 s, at 8 blocks 15 s)."""
+    """At most 8: more would cost compile time (30 layers at 4 blocks 7 s, at 8 blocks 15 s)."""
     size = max(BLOCK, -(-t // 8))
     return [(lo, min(lo + size, t)) for lo in range(0, t, size)]
 
 
-def _scores(q_ktgh, k_ksh, first_t, lo, hi, kind):
-    """Scores K,t,G,S of queries lo:hi with the keys before hi; later keys are never computed."""
-    n, _, g, h = q_ktgh.shape
-    s = _dot(q_ktgh[:, lo:hi].reshape(n, -1, h), k_ksh[:, :hi], 2, 2, kind).reshape(n, hi - lo, g, hi)
-    key = jnp.arange(hi, dtype=jnp.int32)[None]
-    seen_ts = (key <= jnp.arange(lo, hi, dtype=jnp.int32)[:, None]) & (key >= first_t[lo:hi, None])
-    return jnp.where(seen_ts[None, :, None], s, HIDDEN)
+def _to_groups(x_bth, kv_heads):
+    """B,T,H,… -> B,K,TG,…: the rows that read one kv head."""
+    b, t, heads, *h = x_bth.shape
+    return jnp.moveaxis(x_bth.reshape(b, t, kv_heads, heads // kv_heads, *h), 2, 1).reshape(b, kv_heads, -1, *h)
+
+
+def _from_groups(x_bkn, t):
+    b, k, _, *h = x_bkn.shape
+    return jnp.moveaxis(x_bkn.reshape(b, k, t, -1, *h), 1, 2).reshape(b, t, -1, *h)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _blockwise(q_ktgh, k_ksh, v_ksh, first_t, kind):
-    """One row of the batch -> K,T,G,h. Backward recomputes the scores (FlashAttention, arXiv 2205.14135), so none are stored."""
-    return _forward(q_ktgh, k_ksh, v_ksh, first_t, kind)[0]
+def _attend(q_bthk, k_bskh, v_bskh, first_bt, kind):
+    """Backward recomputes the scores (FlashAttention, arXiv 2205.14135), so none are stored. Rows of the batch go one after the other."""
+    return _forward(q_bthk, k_bskh, v_bskh, first_bt, kind)[0]
 
 
-def _forward(q_ktgh, k_ksh, v_ksh, first_t, kind):
-    n, t, g, h = q_ktgh.shape
-    q_ktgh, k_ksh, v_ksh = (x.astype(kind) for x in (q_ktgh, k_ksh, v_ksh))  # once, not per block
-    outs, sums = [], []
-    for lo, hi in _blocks(t):
-        s = _scores(q_ktgh, k_ksh, first_t, lo, hi, kind)
-        top = s.max(-1, keepdims=True)
-        p = jnp.exp(s - top)
-        z = p.sum(-1, keepdims=True)
-        outs.append(_dot(p.reshape(n, -1, hi), v_ksh[:, :hi], 2, 1, kind).reshape(n, hi - lo, g, h) / z)
-        sums.append(top + jnp.log(z))
-    out, lse = jnp.concatenate(outs, axis=1), jnp.concatenate(sums, axis=1)
-    return out, (q_ktgh, k_ksh, v_ksh, first_t, out, lse)
+def _forward(q_bthk, k_bskh, v_bskh, first_bt, kind):
+    t, groups = q_bthk.shape[1], q_bthk.shape[2] // k_bskh.shape[2]
+    q_bknh = _to_groups((q_bthk * q_bthk.shape[3] ** -0.5).astype(kind), k_bskh.shape[2])
+    k_bksh, v_bksh = (x.astype(kind).transpose(0, 2, 1, 3) for x in (k_bskh, v_bskh))
+
+    def row(part):
+        """Block by block of queries, with the keys before its end; later keys are never computed."""
+        q_knh, k_ksh, v_ksh, first_t = part
+        outs, sums = [], []
+        for lo, hi in _blocks(t):
+            s_kns = _dot(q_knh[:, lo * groups : hi * groups], k_ksh[:, :hi], 2)
+            s_kns = jnp.where(jnp.repeat(_seen(first_t, lo, hi, 0, hi), groups, axis=0)[None], s_kns, HIDDEN)
+            top = s_kns.max(-1, keepdims=True)
+            p_kns = jnp.exp(s_kns - top)
+            z = p_kns.sum(-1, keepdims=True)
+            outs.append(_dot(p_kns.astype(kind), v_ksh[:, :hi], 1) / z)
+            sums.append((top + jnp.log(z))[..., 0])
+        return jnp.concatenate(outs, axis=1), jnp.concatenate(sums, axis=1)
+
+    out_bknh, lse_bkn = lax.map(row, (q_bknh, k_bksh, v_bksh, first_bt))
+    out_bthk = _from_groups(out_bknh, t)
+    return out_bthk, (q_bknh, k_bksh, v_bksh, first_bt, out_bthk, lse_bkn)
 
 
-def _backward(kind, kept, d_ktgh):
-    q, k, v, first_t, out, lse = kept
-    n, t, g, h = q.shape
-    delta = (out * d_ktgh).sum(-1, keepdims=True)
-    dq, dk, dv = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
-    for lo, hi in _blocks(t):
-        p = jnp.exp(_scores(q, k, first_t, lo, hi, kind) - lse[:, lo:hi])
-        d, qs = (x[:, lo:hi].reshape(n, -1, h) for x in (d_ktgh, q))
-        dp = _dot(d, v[:, :hi], 2, 2, kind).reshape(p.shape)
-        ds = (p * (dp - delta[:, lo:hi])).reshape(n, -1, hi)
-        dq.append(_dot(ds, k[:, :hi], 2, 1, kind).reshape(n, hi - lo, g, h))
-        dv = dv.at[:, :hi].add(_dot(p.reshape(n, -1, hi), d, 1, 1, kind))
-        dk = dk.at[:, :hi].add(_dot(ds, qs, 1, 1, kind))
-    return jnp.concatenate(dq, axis=1), dk, dv, None
+def _seen(first_t, lo, hi, start, stop):
+    """Which of the keys start:stop each query of lo:hi sees."""
+    at_t1, key_1s = jnp.arange(lo, hi, dtype=jnp.int32)[:, None], jnp.arange(start, stop, dtype=jnp.int32)[None]
+    return (key_1s <= at_t1) & (key_1s >= first_t[lo:hi, None])
 
 
-_blockwise.defvjp(_forward, _backward)
+def _backward(kind, kept, d_bthk):
+    q_bknh, k_bksh, v_bksh, first_bt, out_bthk, lse_bkn = kept
+    (_, t, heads, h), kv_heads = d_bthk.shape, k_bksh.shape[1]
+    groups = heads // kv_heads
+    delta_bkn = _to_groups((out_bthk * d_bthk).sum(-1), kv_heads)
+
+    def row(part):
+        """Block by block of keys, with the queries from its start. Scores are S×N here: all five products are then of the fast form."""
+        q_knh, k_ksh, v_ksh, first_t, lse_kn, delta_kn, d_knh = part
+        k_khs = lax.optimization_barrier(k_ksh.swapaxes(1, 2))
+        dq_khn, dk, dv = jnp.zeros((kv_heads, h, t * groups), jnp.float32), [], []
+        for lo, hi in _blocks(t):
+            q, d, lse, delta = (x[:, lo * groups :] for x in (q_knh, d_knh, lse_kn, delta_kn))
+            seen_sn = jnp.repeat(_seen(first_t, lo, t, lo, hi).T, groups, axis=1)
+            p_ksn = jnp.exp(jnp.where(seen_sn[None], _dot(k_ksh[:, lo:hi], q, 2), HIDDEN) - lse[:, None])
+            ds_ksn = (p_ksn * (_dot(v_ksh[:, lo:hi], d, 2) - delta[:, None])).astype(kind)
+            dv.append(_dot(p_ksn.astype(kind), d, 1))
+            dk.append(_dot(ds_ksn, q, 1))
+            dq_khn = dq_khn.at[:, :, lo * groups :].add(_dot(k_khs[:, :, lo:hi], ds_ksn, 1))
+        return dq_khn.swapaxes(1, 2), jnp.concatenate(dk, axis=1), jnp.concatenate(dv, axis=1)
+
+    d_bknh = _to_groups(d_bthk.astype(kind), kv_heads)
+    dq_bknh, dk_bksh, dv_bksh = lax.map(row, (q_bknh, k_bksh, v_bksh, first_bt, lse_bkn, delta_bkn, d_bknh))
+    return _from_groups(dq_bknh * h**-0.5, t), dk_bksh.transpose(0, 2, 1, 3), dv_bksh.transpose(0, 2, 1, 3), None
+
+
+_attend.defvjp(_forward, _backward)

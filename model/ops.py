@@ -111,12 +111,15 @@ def rope_table(positions_bt, d_head: int, theta: float) -> tuple[jax.Array, jax.
 
 @jax.custom_vjp
 def rope(x_bthk, table) -> jax.Array:
-    """Rotate the halves of each head, Hugging Face convention (element i pairs with i + h/2). The barrier keeps XLA from working the
-    concatenation into its neighbours, element by element; the backward is the rotation by the opposite angle."""
+    """Rotate the halves of each head, Hugging Face convention (element i pairs with i + h/2). The backward is the rotation by the opposite angle.
+
+    The halves are put together by padding and adding: on CPU XLA works a concatenation into its neighbours element by element, at a tenth of the speed.
+    """
     cos, sin = table
     a, b = jnp.split(x_bthk.astype(F32), 2, axis=-1)
-    halves = lax.optimization_barrier((a * cos - b * sin, b * cos + a * sin))
-    return jnp.concatenate(halves, axis=-1).astype(x_bthk.dtype)
+    zero, none, half = jnp.zeros((), F32), [(0, 0, 0)] * (x_bthk.ndim - 1), x_bthk.shape[-1] // 2
+    low, high = (lax.pad(y, zero, [*none, edge]) for y, edge in ((a * cos - b * sin, (0, half, 0)), (b * cos + a * sin, (half, 0, 0))))
+    return (low + high).astype(x_bthk.dtype)
 
 
 rope.defvjp(lambda x, table: (rope(x, table), table), lambda table, g: (rope(g, (table[0], -table[1])), None))
