@@ -59,7 +59,7 @@ class Config:
     depth: int | None = None
     """Plan for the model that `pretrain --depth` makes, instead of --model."""
     vocab_size: int = 32_768
-    """Of --depth."""
+    """Of --depth, where the run has no corpus yet."""
     stages: tuple[Literal["pretrain", "sft", "dpo"], ...] = ()
     """Which stages; without any, sft and dpo, and with --depth pretrain too."""
     length: int | None = None
@@ -142,7 +142,10 @@ def stages(config: Config) -> list[Stage]:
     if config.depth is None:
         model, tokenizer = described(config.model)
     else:
-        model, tokenizer = settings(config, "pretrain").plan(config.vocab_size).model, None
+        corpus = (config.out or Path()) / "corpus"
+        tokenizer = Tokenizer.load(corpus) if config.out and (corpus / "tokenizer.json").exists() else None
+        config = replace(config, vocab_size=tokenizer.vocab_size if tokenizer else config.vocab_size)
+        model = settings(config, "pretrain").plan(config.vocab_size).model
     return [pretraining(config) if name == "pretrain" else tuning(config, name, model, tokenizer) for name in names]
 
 
@@ -381,6 +384,6 @@ def table(plans: list[Plan], peak: float) -> Table:
         out.add_column(name, justify="left" if name == "stage" else "right")
     for p in plans:
         need = f"{p.peak_bytes / 1e9:.1f} of {p.available_bytes / 1e9:.1f} GB"
-        speed = (f"{p.tokens_per_s:,.0f}", f"{p.mfu:.0%}", f"{p.hours:.2f}" if p.hours else "–") if p.fits else ("does not fit", "", "")
+        speed = (f"{p.tokens_per_s:,.0f}", f"{p.mfu:.0%}", f"{p.hours:.3g}" if p.hours else "–") if p.fits else ("does not fit", "", "")
         out.add_row(p.stage, f"{p.params / 1e6:,.1f} M", need, f"{p.rows} × {p.accumulate}", *speed)
     return out

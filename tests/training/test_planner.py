@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from tiny_model import CONFIG, model_dir, preference_rows, sft_rows
+from tiny_model import CONFIG, model_dir, preference_rows, sft_rows, tokenizer
 
 from soul.errors import UserError
 from soul.files import read_json
@@ -160,6 +160,12 @@ def test_pretraining_is_planned_by_the_dial(monkeypatch):
     assert sft.model == pretrain.model and sft.model.n_layers == 2
     plan = measure(pretrain, 0, 1e12, 0.0, ticking())
     assert plan.fits and plan.accumulate == pretrain.accumulate and plan.hours > 0
+
+
+def test_a_corpus_says_the_vocabulary_and_lets_the_data_be_read(run):
+    tokenizer().save(run / "corpus/tokenizer.json")  # 270 ids, padded to 320
+    sft = stages(Config(out=run, depth=2, stages=("sft",), **TINY))[0]
+    assert sft.model.vocab_size == 320 and sft.tokens < 1e5
 
 
 def test_adapters_need_less_than_all_weights(run, model):
