@@ -40,7 +40,7 @@ COMMANDS = {  # name: (module, help)
     "chat": ("agent.chat", "talk to a model that can Read, Edit, Grep and Bash, with your permission"),
 }
 VERSION = "0.1.0"
-USES_MODEL = ("quickstart", "generate", "plan", "seeds", "rollouts", "plan-train", "pretrain", "sft", "dpo", "eval", "chat")
+USES_MODEL = ("quickstart", "generate", "plan", "seeds", "rollouts", "convert", "plan-train", "pretrain", "sft", "dpo", "eval", "chat")
 
 
 def entry() -> int:

@@ -25,7 +25,7 @@ def card(stats: dict, soul: Soul) -> str:
         _section("Principles", _principles(stats, soul)),
         _section("Pair hygiene", _hygiene(stats["hygiene"])) if stats["hygiene"] else "",
         _section("Lengths in words", _table(["side", "mean", "median", "longest"], _lengths(stats["words"]))),
-        _section("Calls", _calls(stats)),
+        _section("Calls", calls_made(stats)),
         _section("Made by", f"    {stats['command']}\n\n" + _table(["what", "sha256"], stats["hashes"].items())),
     ]
     return f"""---
@@ -82,7 +82,7 @@ def _lengths(words: dict) -> list[tuple]:
     return [(side, *lengths.values()) for side, lengths in words.items() if lengths]
 
 
-def _calls(stats: dict) -> str:
+def calls_made(stats: dict) -> str:
     calls = [(*(entry.get(name) for name in CALLS), _usd(entry["cost"])) for entry in stats["ledger"]]
     served = _table(["served by", "rows"], stats["served"].items()) + "\n" if stats["served"] else ""
     return f"{_table([*(name.replace('_', ' ') for name in CALLS), 'cost'], calls)}\n{served}Total cost: {_usd(stats['cost_usd'])}.\n"

@@ -1,17 +1,25 @@
-"""Reversible changes of one line in a short function: the file holds one side, the request asks for the other."""
+"""Reversible changes of a line or two in a short function: the file holds one side, the request asks for the other."""
 
+import ast
 import random
 import re
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+from datagen.code_seeds import parse
 
 STALE = ("Do something.", "To be written.", "Helper.", "See the manual.", "Old version.", "Work in progress.", "Placeholder.")
 NEW_NAMES = ("{}_value", "{}_item", "do_{}", "my_{}", "{}_all", "{}_fast", "safe_{}", "{}2", "{}_from")
 # right -> wrong; read from the left, so each right side must not be a part of another match on its line
 MUTATIONS = (
-    ("==", "!="), ("!=", "=="), ("<=", "<"), (">=", ">"), (" < ", " <= "), (" > ", " >= "), (" + ", " - "), (" - ", " + "),
+    ("==", "!="), ("!=", "=="), ("<=", ">="), (">=", "<="), (" < ", " > "), (" > ", " < "), (" + ", " - "), (" - ", " + "), (" * ", " + "),
     (" and ", " or "), (" or ", " and "), ("return True", "return False"), ("return False", "return True"), (" not in ", " in "),
-    (" is not None", " is None"), (" is None", " is not None"), ("if not ", "if "), ("[0]", "[1]"), ("[1:]", "[:1]"), ("[-1]", "[0]"),
+    (" is not None", " is None"), (" is None", " is not None"), ("if not ", "if "), ("[-1]", "[0]"), ("min(", "max("), ("max(", "min("),
+)  # fmt: skip
+OFF_BY_ONE = (
+    ("<=", "<"), (">=", ">"), (" < ", " <= "), (" > ", " >= "), ("[0]", "[1]"), ("[1:]", "[2:]"), ("[:-1]", "[:-2]"), ("[1]", "[0]"),
+    (" + 1", ""), (" - 1", ""), ("range(1, ", "range("), ("[-1]", "[-2]"),
 )  # fmt: skip
 
 
@@ -21,7 +29,7 @@ class Unsuitable(Exception):
 
 @dataclass(frozen=True)
 class Change:
-    """`code` is the function before; its line `old` becomes `new`. `slots` fill the request, `said` the closing remark."""
+    """`code` is the function before; its lines `old` become `new`. `slots` fill the request, `said` the closing remark."""
 
     wording: str
     code: str
@@ -33,7 +41,7 @@ class Change:
 
 def change(rng: random.Random, code: str, name: str, doc: str) -> Change:
     """One change of `code`, a function with a one-line head and a one-line docstring. Raises Unsuitable when none fits."""
-    makers = (rename, default, operator, docstring)
+    makers = (rename, default, docstring, *BUGS)
     for maker in rng.sample(makers, len(makers)):
         with suppress(Unsuitable):
             made = maker(rng, code, name, doc)
@@ -63,14 +71,63 @@ def default(rng: random.Random, code: str, *_: str) -> Change:
 
 def operator(rng: random.Random, code: str, *_: str) -> Change:
     """The file holds a mutant of the real line; the request asks for the real one."""
+    return mutated(rng, code, "operator", MUTATIONS)
+
+
+def off_by_one(rng: random.Random, code: str, *_: str) -> Change:
+    return mutated(rng, code, "off_by_one", OFF_BY_ONE)
+
+
+def mutated(rng: random.Random, code: str, wording: str, mutations: tuple[tuple[str, str], ...]) -> Change:
     lines = code.splitlines()
-    places = [(i, right, wrong) for i, line in enumerate(lines[2:], 2) for right, wrong in MUTATIONS if line.count(right) == 1]
+    first = body_of(code)[0].lineno - 1
+    places = [(i, right, wrong) for i, line in enumerate(lines[first:], first) for right, wrong in mutations if line.count(right) == 1]
     if not places:
         raise Unsuitable("nothing to mutate")
     i, right, wrong = rng.choice(places)
-    good, bad = lines[i], lines[i].replace(right, wrong)
-    before = "\n".join([*lines[:i], bad, *lines[i + 1 :]]) + "\n"
-    return Change("operator", before, bad, good, {"old": bad.strip(), "new": good.strip()}, good.strip())
+    return replaced(wording, lines, i, i + 1, [lines[i].replace(right, wrong)])
+
+
+def guard(rng: random.Random, code: str, *_: str) -> Change:
+    """The file lacks an early exit: an `if` of two lines."""
+    lines = code.splitlines()
+    exits = [
+        node for node, later in pairwise(body_of(code))
+        if isinstance(node, ast.If) and not node.orelse and node.end_lineno == node.lineno + 1 < later.lineno
+        and isinstance(node.body[0], ast.Return | ast.Raise)
+    ]  # fmt: skip
+    if not exits:
+        raise Unsuitable("no early exit")
+    node = rng.choice(exits)
+    made = replaced("guard", lines, node.lineno - 1, node.end_lineno + 1, [lines[node.end_lineno]])
+    return replace(
+        made, slots=made.slots | {"cond": ast.unparse(node.test), "act": ast.unparse(node.body[0])}, said=f"if {ast.unparse(node.test)}"
+    )
+
+
+def missing_return(rng: random.Random, code: str, *_: str) -> Change:
+    """The file computes the result, and forgets to return it."""
+    last, lines = body_of(code)[-1], code.splitlines()
+    if not isinstance(last, ast.Return) or not isinstance(last.value, ast.Call | ast.BinOp) or last.lineno != last.end_lineno:
+        raise Unsuitable("no result at the end")
+    bare = lines[last.lineno - 1].replace("return ", "", 1)
+    return replaced("missing_return", lines, last.lineno - 1, last.lineno, [bare])
+
+
+def body_of(code: str) -> list[ast.stmt]:
+    """The statements of a function after its docstring. Raises Unsuitable when there is nothing but that."""
+    node = parse(code).body[0]
+    body = node.body[1:] if ast.get_docstring(node) is not None else node.body
+    if not body or body[0].lineno == node.lineno:
+        raise Unsuitable("no body")
+    return body
+
+
+def replaced(wording: str, lines: list[str], start: int, end: int, wrong: list[str]) -> Change:
+    """The change back: `wrong` stands in the file in place of lines `start` to `end`."""
+    good, bad = "\n".join(lines[start:end]), "\n".join(wrong)
+    before = "\n".join([*lines[:start], *wrong, *lines[end:]]) + "\n"
+    return Change(wording, before, bad, good, {"old": bad.strip(), "new": good.strip()}, good.strip())
 
 
 def docstring(rng: random.Random, code: str, _: str, doc: str) -> Change:
@@ -78,3 +135,6 @@ def docstring(rng: random.Random, code: str, _: str, doc: str) -> Change:
     stale = f'    """{rng.choice(STALE)}"""'
     before = "\n".join([lines[0], stale, *lines[2:]]) + "\n"
     return Change("docstring", before, stale, lines[1], {"new": f"{doc}."}, "")
+
+
+BUGS = (operator, off_by_one, guard, missing_return)

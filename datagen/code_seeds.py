@@ -21,6 +21,14 @@ from soul.errors import UserError
 HELD_OUT_SHARE = 0.2
 MAX_FILE_BYTES = 64_000
 MAX_PART_CHARS = 8_000
+MAX_ALONE_CHARS = 600
+# what code may import, or not name, that is run to see whether it works: the same result each time, and nothing outside
+HARMLESS = {
+    "math", "re", "itertools", "collections", "functools", "string", "json", "operator", "heapq", "bisect", "statistics", "fractions",
+    "decimal", "typing", "dataclasses", "enum", "abc", "copy", "textwrap",
+}  # fmt: skip
+UNEVEN = {"open", "eval", "exec", "input", "compile", "exit", "quit", "globals", "locals", "vars", "id", "hash", "__import__", "breakpoint"}
+UNFIT = (ast.While, ast.Yield, ast.YieldFrom, ast.With, ast.Global, ast.ClassDef)
 SKIP_PARTS = {
     "test", "tests", "idlelib", "idle_test", "lib2to3", "encodings", "site-packages", "dist-packages", "__pycache__", "turtledemo",
     "ensurepip", "pydoc_data", "distutils", "node_modules", "build", "venv",
@@ -38,7 +46,8 @@ class Module:
 
 @dataclass(frozen=True)
 class Function:
-    """A function or method with a docstring; `source` is dedented, `line`..`end_line` (1-based) are its place in the file."""
+    """A function or method; `source` is dedented, `line`..`end_line` (1-based) are its place in the file. `doc` is the first
+    sentence of its docstring. `alone`: the text of a small file that it can run in. One of the two may be ""."""
 
     module: Module
     qualname: str
@@ -47,6 +56,7 @@ class Function:
     source: str
     line: int
     end_line: int
+    alone: str = ""
 
     @property
     def name(self) -> str:
@@ -107,9 +117,9 @@ def walk(root: Path, prefix: str = "") -> Iterator[Function]:
 
 
 def functions_of(module: Module) -> Iterator[Function]:
-    """Public top-level functions, and methods of public top-level classes, that have a docstring and no decorator."""
+    """Public top-level functions, and methods of public top-level classes, without a decorator, that have a docstring or can run alone."""
     for part, nodes in parts_of(module):
-        lines = part.text.splitlines(keepends=True)
+        lines, known = part.text.splitlines(keepends=True), top_level(nodes)
         for node in nodes:
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
                 prefix, items = f"{node.name}.", node.body
@@ -118,9 +128,46 @@ def functions_of(module: Module) -> Iterator[Function]:
             for item in items:
                 if not isinstance(item, ast.FunctionDef) or item.name.startswith("_") or item.decorator_list:
                     continue
-                if doc := first_sentence(ast.get_docstring(item) or ""):
+                doc, small = first_sentence(ast.get_docstring(item) or ""), "" if prefix else alone(item, known, lines)
+                if doc or small:
                     source = dedent("".join(lines[item.lineno - 1 : item.end_lineno]), item.col_offset)
-                    yield Function(part, prefix + item.name, ast.unparse(item.args), doc, source, item.lineno, item.end_lineno)
+                    yield Function(part, prefix + item.name, ast.unparse(item.args), doc, source, item.lineno, item.end_lineno, small)
+
+
+def top_level(nodes: Sequence[ast.stmt]) -> dict[str, ast.stmt]:
+    """The statement at the top of a module that gives each name."""
+    known: dict[str, ast.stmt] = {}
+    for node in nodes:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            known |= {(alias.asname or alias.name).partition(".")[0]: node for alias in node.names}
+        elif isinstance(node, ast.Assign):
+            known |= {target.id: node for target in node.targets if isinstance(target, ast.Name)}
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+            known[node.name] = node
+    return known
+
+
+def alone(function: ast.FunctionDef, known: dict[str, ast.stmt], lines: list[str]) -> str:
+    """A file of `function` and the imports, constants and helpers that it needs; "" for one that takes no plain arguments, is long,
+    or could do more than compute."""
+    needed, todo, arguments = {function}, [function], function.args
+    if not 1 <= len(arguments.args) - len(arguments.defaults) <= 3 or function.end_lineno - function.lineno > 24:
+        return ""
+    while todo:
+        for node in ast.walk(todo.pop()):
+            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            modules += [node.module] if isinstance(node, ast.ImportFrom) else []
+            name = node.id if isinstance(node, ast.Name) else ""
+            if isinstance(node, UNFIT) or name in UNEVEN or not HARMLESS.issuperset(modules):
+                return ""
+            if name in known and known[name] not in needed:
+                needed.add(known[name])
+                todo.append(known[name])
+    text = ""
+    for node in sorted(needed, key=lambda node: node.lineno):
+        gap = "\n\n" if text and (isinstance(node, ast.FunctionDef) or "\ndef " in f"\n{text}") else ""
+        text += gap + dedent("".join(lines[node.lineno - 1 : node.end_lineno]), 0)
+    return text if len(text) <= MAX_ALONE_CHARS and text.isascii() and "\t" not in text else ""
 
 
 def parts_of(module: Module) -> list[tuple[Module, list[ast.stmt]]]:

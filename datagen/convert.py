@@ -1,4 +1,4 @@
-"""`soulsmith convert`: tool rollouts from code, or from instruct and edit data sets, without a teacher.
+"""`soulsmith convert`: tool rollouts from code, or from instruct and edit data sets; a teacher, if any, words the remarks.
 
 Every call is executed in a temporary workspace while the rollout is built, remarks pass the SOUL's checks, and what
 fails is dropped and counted. Row i depends on (seed, i) alone: the same bytes with one worker or many.
@@ -14,13 +14,21 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import chain, count, islice
 from pathlib import Path
+from typing import Annotated
 
+from tyro.conf import FlagCreatePairsOff, Suppress
+
+from datagen import remarks
+from datagen.card import calls_made
 from datagen.code_changes import Unsuitable
 from datagen.code_seeds import Function, read_code, split
 from datagen.edits import task_of
 from datagen.from_code import KINDS, Pool, Task
+from datagen.generate import BestOf, Cai, CritiqueRevise, Distill, Docs, Introspect
+from datagen.generate import Config as Generate
 from datagen.instruct import FOREIGN, NO_PYTHON, Columns, Item, Mixture, Project, read_items, small_project
 from datagen.mistakes import with_mistake
+from datagen.remarks import Remarks
 from datagen.rollouts import JUDGMENTS, WRONG_CALLS, Maker, contrasted, judged
 from soul import rows
 from soul.console import output as stdout
@@ -40,14 +48,19 @@ READ_AHEAD = 400  # rows of a data set that the small projects are made from
 Attempt = tuple[str, str, dict | None, dict | None]  # kind, reason, row, pair; the row is None when it was dropped for `reason`
 
 
-@dataclass(frozen=True)
-class Config:
+@dataclass(frozen=True, kw_only=True)
+class Config(Generate):
     """Make tool rollouts from real code or from a data set; every tool result comes from executing the tool."""
 
     soul: Path = Path("soul/SOUL.md")
     """The SOUL.md whose voice and checks the remarks follow."""
     out: Path = Path("runs/code")
     """The run directory; writes data/rollouts.parquet and data/rollouts_preference.parquet there."""
+    teacher: str = ""
+    """Who words the remarks, named as in generate; phrase templates do where there is none."""
+    no_teacher: Annotated[bool, FlagCreatePairsOff] = False
+    """The default, spelled out."""
+    remarks: Remarks = field(default_factory=Remarks)
     from_code: str = "stdlib"
     """A directory of Python code, or `stdlib`."""
     from_package: str = ""
@@ -70,6 +83,27 @@ class Config:
     """Of a data set: commands may run the rows' own code, and not only compile it. It is a stranger's, and needs the sandbox."""
     include_held_out: bool = False
     """Also use the modules kept for evals."""
+    max_tokens: int = 1024
+    """Longest answer of the teacher, which has all remarks of a rollout, in tokens."""
+    # settings of generate that mean nothing here
+    seeds: Suppress[Path] = Path()
+    recipe: Suppress[str] = "critique-revise"
+    student: Suppress[str] = ""
+    limit: Suppress[int | None] = None
+    dedup: Suppress[float | None] = None
+    against: Suppress[tuple[Path, ...]] = ()
+    since: Suppress[Path | None] = None
+    critique_revise: Suppress[CritiqueRevise] = field(default_factory=CritiqueRevise)
+    distill: Suppress[Distill] = field(default_factory=Distill)
+    best_of: Suppress[BestOf] = field(default_factory=BestOf)
+    introspect: Suppress[Introspect] = field(default_factory=Introspect)
+    docs: Suppress[Docs] = field(default_factory=Docs)
+    cai: Suppress[Cai] = field(default_factory=Cai)
+
+    @property
+    def most(self) -> int:
+        """Characters of a row."""
+        return self.max_chars or (MAX_DATASET_CHARS if self.dataset else MAX_CHARS)
 
 
 # ---- one rollout
@@ -185,7 +219,7 @@ def convert_rows(
 
 
 def collect(results: Iterable[Attempt], n: int, on_row=None) -> tuple[list[dict], list[dict], dict]:
-    done, pairs, kinds, dropped, seen, tried = [], [], Counter(), Counter(), set(), 0
+    done, pairs, dropped, seen, tried = [], [], Counter(), set(), 0
     for kind, reason, row, pair in results:
         if n and len(done) == n:
             break
@@ -197,15 +231,18 @@ def collect(results: Iterable[Attempt], n: int, on_row=None) -> tuple[list[dict]
             continue
         seen.add(row["messages"][0]["content"])
         done.append(row)
-        kinds[kind] += 1
         if pair:
             pairs.append(pair)
         if on_row:
             on_row(len(done))
-    about_calls = Counter(pair["reason"] for pair in pairs if pair["reason"] in JUDGMENTS | WRONG_CALLS)
-    return done, pairs, {
-        "wanted": n, "attempts": tried, "rollouts": len(done), "pairs": len(pairs), "kinds": dict(sorted(kinds.items())),
-        "judged": dict(sorted(about_calls.items())), "dropped": dict(sorted(dropped.items())),
+    return done, pairs, {"wanted": n, "attempts": tried, "dropped": dict(sorted(dropped.items()))} | counts(done, pairs)
+
+
+def counts(done: list[dict], pairs: list[dict]) -> dict:
+    kinds = Counter(row["reason"] for row in done)
+    judged = Counter(pair["reason"] for pair in pairs if pair["reason"] in JUDGMENTS | WRONG_CALLS)
+    return {
+        "rollouts": len(done), "pairs": len(pairs), "kinds": dict(sorted(kinds.items())), "judged": dict(sorted(judged.items())),
         "longer_rejected": share_longer(voiced(pairs)),
     }  # fmt: skip
 
@@ -240,6 +277,13 @@ def card(soul: Soul, source: str, stats: dict) -> str:
     )
     if not any(principle.checks for principle in soul.principles):
         pairs += " This SOUL has no machine checks, so no pair about its voice could be verified."
+    spoke = "Remarks come from phrase templates and pass every check."
+    if told := stats.get("remarks"):
+        spoke = (
+            f"Remarks of {told['by_teacher']} rows are by `{told['teacher']}`, those of the others from phrase templates; all pass every "
+            f"check. {told['unanswered']} more wait for an answer.\n\n"
+            f"{counted('phrase templates spoke since', told['by_templates'])}\n\n{calls_made(told)}"
+        )
     kind, origin = ("a data set", "rows") if stats.get("yield") else ("code", "functions")
     yields = [
         f"| {name} | {found['rows']} | {found['python']} | {found['rollouts']} | {found['yield']} |"
@@ -249,7 +293,7 @@ def card(soul: Soul, source: str, stats: dict) -> str:
     return f"""# Tool rollouts from {kind}
 
 {stats["rollouts"]} rollouts for the SOUL `{soul.name}` ({soul.hash[:12]}), from the {origin} of `{source}`; {stats["attempts"]} attempts.
-Every tool result was produced by executing the tool on the row's `files`; remarks come from phrase templates and pass every check.
+Every tool result was produced by executing the tool on the row's `files`. {spoke}
 
 {table}{pairs}
 
@@ -272,24 +316,19 @@ def from_code(config: Config, soul: Soul, workers: int, on_row) -> tuple[str, li
         functions = split(functions)[0]
     if not functions:
         raise UserError("all of its modules are kept for evals", where=source, fix="Pass --include-held-out.")
-    return source, *build_rollouts(soul, functions, config.n, config.seed, workers, on_row, config.max_chars or MAX_CHARS)
+    return source, *build_rollouts(soul, functions, config.n, config.seed, workers, on_row, config.most)
 
 
 def from_datasets(config: Config, soul: Soul, workers: int, on_row) -> tuple[str, list[dict], list[dict], dict]:
     mixture = Mixture(frozenset(soul.tools), config.bash, config.run, config.mistakes)
     done, pairs, parts = [], [], {}
     for name in config.dataset:
-        made = convert_rows(
-            soul, read_items(name, config.columns), config.n, config.seed, workers, on_row,
-            config.max_chars or MAX_DATASET_CHARS, mixture,
-        )  # fmt: skip
+        made = convert_rows(soul, read_items(name, config.columns), config.n, config.seed, workers, on_row, config.most, mixture)
         done, pairs, parts[name] = done + made[0], pairs + made[1], made[2]
-    stats = {
-        key: dict(sorted(sum((Counter(part[key]) for part in parts.values()), Counter()).items())) for key in ("kinds", "judged", "dropped")
-    } | {key: sum(part[key] for part in parts.values()) for key in ("attempts", "rollouts", "pairs")}
-    stats |= {
+    stats = counts(done, pairs) | {
         "wanted": config.n,
-        "longer_rejected": share_longer(voiced(pairs)),
+        "attempts": sum(part["attempts"] for part in parts.values()),
+        "dropped": dict(sorted(sum((Counter(part["dropped"]) for part in parts.values()), Counter()).items())),
         "yield": {name: yielded(part) for name, part in parts.items()},
     }
     return ", ".join(config.dataset), done, pairs, stats
@@ -308,14 +347,16 @@ def yielded(stats: dict) -> dict:
 
 
 def main(config: Config) -> int:
-    """Run the command. Raises UserError for a SOUL, code or a data set that can't be used."""
-    if config.n < (not config.dataset) or config.workers < 0:
-        raise UserError("--n begins at 1 (0 with --dataset: all), --workers at 0")
+    """Run the command. Raises UserError for a SOUL, code or a data set that can't be used, and as the engine does."""
+    if config.n < (not config.dataset) or config.workers < 0 or config.remarks.rounds < 0:
+        raise UserError("--n begins at 1 (0 with --dataset: all), --workers and --remarks.rounds at 0")
     if not (0 <= config.bash <= 1 and 0 <= config.mistakes <= 1):
         raise UserError("--bash and --mistakes are shares from 0 to 1")
+    if config.teacher and config.no_teacher:
+        raise UserError("--teacher and --no-teacher contradict each other")
     if config.run:
         require_sandbox(False)
-    soul = load_soul(config.soul)
+    soul, session = load_soul(config.soul), remarks.prepare(config, config.remarks, config.most) if config.teacher else None
     workers = config.workers or len(os.sched_getaffinity(0))
     numbers = count(1)
     with progress("rollouts", config.n * max(1, len(config.dataset)) or None) as update:
@@ -324,7 +365,13 @@ def main(config: Config) -> int:
     if not rollouts:
         worst = max(stats["dropped"], key=stats["dropped"].get, default="it is empty")
         raise UserError(f"no rollout could be made; most often: {worst}", where=source)
-    write(config.out, soul, source, rollouts, pairs, stats)
-    dropped = stats["attempts"] - len(rollouts)
-    stdout.print(plain(f"{len(rollouts)} rollouts, {len(pairs)} pairs, {dropped} dropped: {config.out}/data/rollouts.md"))
+
+    def finish(rollouts: list[dict], pairs: list[dict], told: dict) -> None:
+        write(config.out, soul, source, rollouts, pairs, stats | counts(rollouts, pairs) | told)
+        dropped = sum(stats["dropped"].values())
+        stdout.print(plain(f"{len(rollouts)} rollouts, {len(pairs)} pairs, {dropped} dropped: {config.out}/data/rollouts.md"))
+
+    if session:
+        return remarks.speak(session, rollouts, pairs, finish)
+    finish(rollouts, pairs, {})
     return 0

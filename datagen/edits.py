@@ -13,7 +13,6 @@ from pathlib import Path
 
 from datagen.code_changes import Unsuitable
 from datagen.code_seeds import parses
-from datagen.from_code import Step, Task, edit_step
 from datagen.instruct import (
     HERE,
     Item,
@@ -26,9 +25,11 @@ from datagen.instruct import (
     neighbours,
     python_of,
     solution,
+    trimmed,
     worded,
 )
 from datagen.phrases import PHRASES, VERBS, fill, pick
+from datagen.tasks import Step, Task, edit_step
 
 LONG_FILE = 60  # lines; of a longer one only the part around the change is read
 MARGIN = 6
@@ -218,7 +219,7 @@ def edit(rng: random.Random, item: Item, project: Project, mixture: Mixture) -> 
 
 def modification(rng: random.Random, item: Item, before: str, prose: str, project: Project, mixture: Mixture) -> Task:
     """An instruct row whose request brings the code that its response changes."""
-    after = python_of(item)
+    before, after = trimmed(before), python_of(item)
     if before == after:
         raise Unsuitable("nothing to edit")
     if ASKS.search(prose):
@@ -235,6 +236,8 @@ def change_task(rng, kind: str, item: Item, request: str, path: str, texts: tupl
     if not SAFE_PATH.fullmatch(path) or len(path) > MAX_PATH_CHARS:
         raise Unsuitable("a path that no one would type")
     word, name = enclosing(before, found[0].line)
+    if name.startswith("__"):  # no one searches for `def __init__`
+        word, name = next(iter(re.findall(r"^[ \t]*(class) (\w+)", "\n".join(before.split("\n")[: found[0].line]), re.M)[::-1]), ("", ""))
     heads = [number for number, line in enumerate(before.split("\n"), 1) if name and f"{word} {name}" in line]
     shown, long = path in request, before.count("\n") > LONG_FILE
     others = neighbours(rng, project, path, before, 2) if project and rng.random() < (0.3 if shown else 0.7) else {}

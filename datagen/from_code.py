@@ -9,111 +9,15 @@ import random
 import re
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
+from datagen.bugs import fix
 from datagen.code_changes import STALE, Unsuitable, change, operator
-from datagen.code_seeds import Function, brief, by_module, imperative, parse, third_person
+from datagen.code_seeds import Function, imperative, third_person
 from datagen.phrases import ask
+from datagen.tasks import Pool, Step, Task, edit_step, grep_step, place, quoted_name, read_part, read_step, small_file, suitable
 from workspace.tools import REJECTED
-
-MAX_BRIEF_LINES = 9
-MAX_BRIEF_CHARS = 360
-MAX_LISTED_CHARS = 9_000
-READ_LIMIT = 12
-
-
-@dataclass(frozen=True)
-class Step:
-    """A remark of that situation, `body` after it and, unless it closes, the call that it announces. `expect` must be in its result.
-    `reply`: what the person says to the result; `narrow`: of an old_string the part that changes, which may not be unique."""
-
-    situation: str
-    tool: str = ""
-    args: dict[str, str] = field(default_factory=dict)
-    expect: str = ""
-    slots: dict[str, str] = field(default_factory=dict)
-    rejected: bool = False
-    body: str = ""
-    reply: str = ""
-    narrow: str = ""
-
-
-@dataclass(frozen=True)
-class Task:
-    """`slots` fill every remark; `final` is the expected text of each file that changes."""
-
-    kind: str
-    source: str
-    request: str
-    files: dict[str, str]
-    steps: tuple[Step, ...]
-    slots: dict[str, str]
-    final: dict[str, str] = field(default_factory=dict)
-    must_contain: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Snippet:
-    """A short function as it stands in the small files that rollouts edit."""
-
-    function: Function
-    code: str
-
-    @property
-    def head(self) -> str:
-        return self.code.split("\n", 1)[0]
-
-
-class Pool:
-    """Functions sorted for drawing: by module first, so that a module of forty functions isn't drawn forty times as often."""
-
-    def __init__(self, functions: Sequence[Function]):
-        self.documented = by_module(f for f in functions if third_person(f.doc))
-        self.listed = by_module(f for group in self.documented.values() for f in group if len(f.module.text) <= MAX_LISTED_CHARS)
-        short = {
-            name: [Snippet(f, code) for f in group if not f.is_method and (code := suitable(f))] for name, group in self.documented.items()
-        }
-        self.short = {name: snippets for name, snippets in short.items() if snippets}
-
-    def draw(self, rng: random.Random, groups: dict[str, list]):
-        if not groups:
-            raise Unsuitable("no fitting function in this code")
-        return rng.choice(groups[rng.choice(list(groups))])
-
-    def pair(self, rng: random.Random) -> tuple[Snippet, Snippet]:
-        """Two different short functions, of one module where it has two."""
-        first = self.draw(rng, self.short)
-        others = [snippet for snippet in self.short[first.function.module.name] if snippet.function.name != first.function.name]
-        second = rng.choice(others) if others else self.draw(rng, self.short)
-        if second.function.name == first.function.name:
-            raise Unsuitable("one function only")
-        return first, second
-
-
-def suitable(function: Function) -> str:
-    """The brief source of a function fit for a small file: a one-line head, few lines, all of them ASCII; else ""."""
-    code = brief(function)
-    lines = code.splitlines()
-    fits = len(lines) <= MAX_BRIEF_LINES and len(code) <= MAX_BRIEF_CHARS and max(map(len, lines)) <= 100 and len(lines) >= 3
-    head_ends = parse(code).body[0].body[0].lineno == 2
-    return code if fits and head_ends and code.isascii() and not re.search(r"[\t#]", code) else ""
-
-
-def small_file(*codes: str) -> str:
-    return "\n\n".join(codes)
-
-
-def quoted_name(rng: random.Random, name: str) -> str:
-    return rng.choice([name, name, f"`{name}`", f"{name}()"])
-
-
-def place(rng: random.Random, module_path: str) -> str:
-    """Where a module's file lies in the made-up project: its own path or name, sometimes below a source directory."""
-    path = Path(module_path)
-    name = path.name if path.name != "__init__.py" else f"{path.parent.name or 'main'}.py"
-    return rng.choice(["", "", "", "src/", "lib/", "app/"]) + rng.choice([name, name, (path.parent / name).as_posix()])
-
 
 # ---- kinds: find, explain
 
@@ -135,21 +39,11 @@ def searched(rng: random.Random, pool: Pool) -> tuple[Function, str, dict[str, s
     return function, path, dict(sorted(files.items()))
 
 
-def grep_step(function: Function, path: str, situation: str = "search", scoped: bool = False) -> Step:
-    args = {"pattern": f"def {function.name}"} | ({"path": path} if scoped else {})
-    return Step(situation, "Grep", args, expect=f"{path}:{function.line}:")
-
-
 def find(rng: random.Random, pool: Pool) -> Task:
     function, path, files = searched(rng, pool)
     request = ask(rng, "find", name=quoted_name(rng, function.name), doc=imperative(function.doc))
     slots = {"name": function.name, "file": path, "line": str(function.line)}
     return Task("find", function.module.name, request, files, (grep_step(function, path), Step("found")), slots)
-
-
-def read_part(function: Function, path: str, situation: str = "read") -> Step:
-    limit = min(READ_LIMIT, function.end_line - function.line + 1)
-    return Step(situation, "Read", {"file_path": path, "offset": str(function.line), "limit": str(limit)}, expect=f"{function.line:>5}→")
 
 
 def explain(rng: random.Random, pool: Pool) -> Task:
@@ -185,20 +79,17 @@ def wrong_path_edit(rng: random.Random, pool: Pool) -> Task:
     task = edit(rng, pool)
     path, name = next(iter(task.files)), task.slots["name"]
     wrong = misplaced(rng, path)
-    tried = Step("read", "Read", {"file_path": wrong}, expect="error: ", slots={"file": wrong})
+    told = Path(wrong).name == Path(path).name  # the error says where the file is
+    if not told and name not in task.request:
+        raise Unsuitable("nothing to search for")
+    error = f"error: {wrong} does not exist; did you mean {path}?" if told else "error: "
+    tried = Step("read", "Read", {"file_path": wrong}, expect=error, slots={"file": wrong})
     search = Step("missing", "Grep", {"pattern": f"def {name}"}, expect=f"{path}:", slots={"path": wrong})
-    return replace(task, kind="recover_path", request=task.request.replace(path, wrong), steps=(tried, search, *task.steps))
+    rest = (replace(task.steps[0], situation="nearby", slots={"path": wrong}), *task.steps[1:]) if told else (search, *task.steps)
+    return replace(task, kind="recover_path", request=task.request.replace(path, wrong), steps=(tried, *rest))
 
 
 # ---- kinds: add a function, create a file
-
-
-def read_step(path: str) -> Step:
-    return Step("read", "Read", {"file_path": path}, expect="    1→")
-
-
-def edit_step(path: str, old: str, new: str, situation: str = "edit") -> Step:
-    return Step(situation, "Edit", {"file_path": path, "old_string": old, "new_string": new}, expect=f"edited {path}")
 
 
 def pasted(rng: random.Random, code: str) -> str:
@@ -313,6 +204,32 @@ def run(rng: random.Random, pool: Pool) -> Task:
     return Task(f"run_{wording}", first.function.module.name, ask(rng, wording, file=path), files, steps, slots)
 
 
+def timed_out(rng: random.Random, pool: Pool) -> Task:
+    """A program that waits for ever; its text shows how it runs once. It prints nothing before it waits: how much of that a command
+    cut off after a second has shown depends on the machine."""
+    path, option = rng.choice(["watch.py", "poll.py", "monitor.py", "worker.py"]), rng.choice(["--once", "--single", "--now"])
+    thing, count = rng.choice(["files", "jobs", "mails", "orders", "reports", "messages"]), rng.randint(2, 40)
+    text = f'''import sys
+import time
+
+
+def check():
+    print("{count} {thing} waiting")
+
+
+while "{option}" not in sys.argv:
+    time.sleep({rng.choice([30, 60, 300, 3600])})
+    check()
+check()
+'''
+    command, output = f"python3 {path}", f"{count} {thing} waiting"
+    tried = Step("run", "Bash", {"command": command, "timeout": "1"}, "timed out after 1 s", {"command": command})
+    once = replace(tried, situation="once", args={"command": f"{command} {option}"}, expect=output, slots={"new": option})
+    steps = (tried, replace(read_step(path), situation="endless"), once, Step("printed"))
+    slots = {"file": path, "output": output}
+    return Task("recover_timeout", "made", ask(rng, "script", file=path), {path: text}, steps, slots)
+
+
 def answer(rng: random.Random, pool: Pool) -> Task:
     """A question that needs no tool, about a known function or with the code in it: the model must learn when not to call."""
     function = pool.draw(rng, pool.documented)
@@ -332,9 +249,9 @@ def answer(rng: random.Random, pool: Pool) -> Task:
 # kind -> (share in a hundred, the tools that it needs). Answers are short, a tenth of the tokens: with 10 in a hundred the tuned model
 # searched for 9 of 10 questions that need no tool, with 35 for half of them
 KINDS = {
-    find: (9, {"Grep"}), explain: (9, {"Grep", "Read"}), add: (15, {"Read", "Edit"}), create: (4, {"Edit"}), edit: (12, {"Read", "Edit"}),
-    run: (4, {"Bash"}), wrong_path: (3, {"Grep", "Read"}), rejected: (2, {"Read", "Edit"}), not_unique: (1, {"Read", "Edit"}),
-    mismatch: (1, {"Read", "Edit"}), answer: (40, set()),
+    find: (9, {"Grep"}), explain: (9, {"Grep", "Read"}), add: (13, {"Read", "Edit"}), create: (4, {"Edit"}), edit: (11, {"Read", "Edit"}),
+    fix: (3, {"Read", "Edit", "Bash"}), run: (4, {"Bash"}), wrong_path: (3, {"Grep", "Read"}), rejected: (2, {"Read", "Edit"}),
+    not_unique: (1, {"Read", "Edit"}), mismatch: (1, {"Read", "Edit"}), timed_out: (0.2, {"Read", "Bash"}), answer: (40, set()),
 }  # fmt: skip
 EVAL_KINDS = (find, explain, add, edit, add, explain, find, edit, create, run)
 

@@ -141,6 +141,7 @@ def prepare(config: Config) -> Session:
         "mixed": config.allow_mixed,
         "distillable": not config.any_text,
         "price": price,
+        "serve": config.vllm,
         "out": config.out,
     }
     given = {"teacher": config.teacher, "student": config.student, "judge": config.judge}

@@ -17,10 +17,10 @@ from functools import lru_cache
 from pathlib import Path
 
 from datagen.code_changes import Unsuitable
-from datagen.code_seeds import parse
-from datagen.from_code import Step, Task, edit_step, quoted_name, read_step
+from datagen.code_seeds import HARMLESS, parse
 from datagen.phrases import PHRASES, VERBS, fill, pick
 from datagen.seeds import read_rows
+from datagen.tasks import Step, Task, edit_step, quoted_name, read_step
 from soul.errors import UserError
 from soul.prose import fences
 
@@ -43,10 +43,6 @@ INLINE_CODE = re.compile(r"^(?:def \w+\(|class \w+.*:|import \w|from [\w.]+ impo
 HERE = "⟨here⟩"  # in a request, for code that was taken out of its middle
 NO_DATA = re.compile(r"(?:not applicable|none|n/?a|<?no ?input>?|-)\.?", re.I)
 FILLER = frozenset(PHRASES["filler"].split())
-HARMLESS = {
-    "math", "re", "itertools", "collections", "functools", "string", "json", "operator", "heapq", "bisect", "statistics", "fractions",
-    "decimal", "typing", "dataclasses", "enum", "abc", "copy", "textwrap",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -192,6 +188,14 @@ def defined(code: str) -> tuple[str, ...]:
     return tuple(node.name for node in tree.body if isinstance(node, DEFINITIONS) and not node.name.startswith("_")) if tree else ()
 
 
+def trimmed(code: str) -> str:
+    """`code` without blanks at the ends of its lines, where the program stays the same."""
+    bare = re.sub(r"[ \t]+$", "", code, flags=re.M)
+    if bare == code or not (before := tree_of(code)) or not (after := tree_of(bare)):
+        return code
+    return bare if ast.dump(before) == ast.dump(after) else code
+
+
 def without_comments(code: str) -> str:
     """`code` without the lines that hold nothing but a comment; the program is the same."""
     lines = code.splitlines(keepends=True)
@@ -275,7 +279,7 @@ def python_of(item: Item) -> str:
     asked = f"{item.request}\n{item.context}"
     if "```py" not in item.response.lower() and OTHER_LANGUAGE.search(asked) and "python" not in asked.lower():
         raise Unsuitable(FOREIGN)
-    return code
+    return trimmed(code)
 
 
 def code_given(item: Item) -> tuple[str, str]:
@@ -379,4 +383,9 @@ def checked(rng: random.Random, task: Task, code: str, mixture: Mixture) -> Task
     command = f"python3 {path}" if run else f"python3 -m py_compile {path}"
     bash = Step("try" if run else "verify", "Bash", {"command": command}, "" if run else "(no output)")
     slots = task.slots | {"command": command}
-    return replace(task, kind=f"{task.kind}_{'run' if run else 'compile'}", steps=(*task.steps[:-1], bash, Step("compiled")), slots=slots)
+    return replace(
+        task,
+        kind=f"{task.kind}_{'run' if run else 'compile'}",
+        steps=(*task.steps[:-1], bash, Step("ran" if run else "compiled")),
+        slots=slots,
+    )

@@ -15,13 +15,14 @@ from pathlib import Path
 
 from tyro.conf import Suppress
 
-from datagen import generate, since
+from datagen import generate
 from datagen.critique import ask_critic
 from datagen.engine import Recipe
 from datagen.export import export
 from datagen.generate import BestOf, Cai, CritiqueRevise, Distill, Docs, Introspect, Session
 from datagen.generate import Config as Generate
 from datagen.journal import Journal
+from datagen.plan import price
 from datagen.playing import Ended, Play, Stage, accepted, difference
 from datagen.prompting import Prompts
 from datagen.protocol import as_text
@@ -59,6 +60,8 @@ class Config(Generate):
     max_tokens: int = 2048
     """Longest message, in tokens."""
     deadline: float = 600.0
+    pilot: int = 0
+    """Only price the run: play this many of the scenarios, which it then doesn't play again."""
     play: Play = field(default_factory=Play)
     # settings of generate that mean nothing here
     recipe: Suppress[str] = "critique-revise"
@@ -193,7 +196,8 @@ def prepare(config: Config) -> tuple[Session, list[Seed]]:
         play = replace(play, calls="text" if config.teacher.startswith("local:") else "native")
     setup = session.setup | {"recipe": sha256_json(["rollouts", asdict(play), gold])}
     recipe = rollouts(play, session.soul, session.prompts, gold, sandbox)
-    return replace(session, recipe=recipe, setup=setup), [scenario.seed for scenario in drawn]
+    seeds = [scenario.seed for scenario in drawn]
+    return replace(session, recipe=recipe, setup=setup, ids=[seed.id for seed in seeds]), seeds
 
 
 def main(config: Config) -> int:
@@ -201,10 +205,13 @@ def main(config: Config) -> int:
     if config.n < 1:
         raise UserError("--n begins at 1")
     session, seeds = prepare(config)
-    journal, again = Journal(config.out), f"soulsmith rollouts --config {config.out / 'rollouts.json'}"
+    journal, again = Journal(config.out), f"soulsmith rollouts --config {config.out / 'rollouts.json'}" + " --pilot 0" * bool(config.pilot)
     try:
-        journal.plan(seed.id for seed in seeds)
-        journal.note("run", {"id": session.run_id, "soul": since.soul_facts(session.soul), "setup": session.setup})
+        generate.plan_rows(session, journal)
+        if config.pilot:
+            told = price(session, journal, seeds, session.ids, config.pilot)
+            console.print(plain(f"then: {again}"))
+            return 0 if told else 130
         try:
             done = asyncio.run(generate.compute(session, journal, iter(seeds), "rollouts", len(seeds)))
         finally:

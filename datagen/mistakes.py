@@ -10,9 +10,15 @@ from dataclasses import replace
 from pathlib import Path
 
 from datagen.edits import occurrences
-from datagen.from_code import Step, Task, edit_step, misplaced
+from datagen.from_code import misplaced
+from datagen.instruct import defined
 from datagen.phrases import fill, pick
+from datagen.tasks import Step, Task, edit_step
 from workspace.tools import REJECTED
+
+DEFINES = re.compile(r"\s*(?:async )?(?:def|class) |@")
+# a loop's head, and the last of its lines, which moves it on; between them nothing that prints
+COUNTED = re.compile(r"^(([ \t]*)while .*:.*)\n(?:(?!.*print)\2[ \t]+.*\n)+?(\2[ \t]+(\w+) (?:[+*-]|//)?= .*)$", re.M)
 
 
 def calls_of(task: Task, tool: str, *needs: str) -> list[int]:
@@ -37,7 +43,8 @@ def wrong_path(rng: random.Random, task: Task) -> Task | None:
     tried = Step("read", "Read", first.args | {"file_path": wrong}, "error: ", {"file": wrong})
     searched = [i for i in calls_of(task, "Grep") if i < reads[0]]
     rest = task.steps[reads[0] :]
-    if searched:
+    told = Path(wrong).name == Path(path).name and "offset" not in first.args  # the error says where the file is
+    if searched and not told:
         old = task.steps[searched[0]]
         args = {"pattern": old.args["pattern"]}
         steps = (tried, replace(old, situation="missing", args=args, slots=old.slots | {"path": wrong}), *rest)
@@ -113,6 +120,55 @@ def slip(rng: random.Random, task: Task) -> Task | None:
     return replace(task, kind=f"{task.kind}_recover_check", steps=(*task.steps[: made[0]], *steps, task.steps[-1]))
 
 
+def executed(task: Task) -> tuple[int, int] | None:
+    """(the Edit that makes a file, the Bash step that runs it), for a task that has just these."""
+    made, run = calls_of(task, "Edit"), calls_of(task, "Bash", "command")
+    fits = len(made) == 1 and "old_string" not in task.steps[made[0]].args and run and task.steps[run[-1]].situation == "try"
+    return (made[0], run[-1]) if fits else None
+
+
+def mended(task: Task, kind: str, wrong: tuple[str, str], failed: Step, repair: Step) -> Task:
+    """The file is made with the second of `wrong` in place of the first; running it fails; one edit, and the same command again."""
+    made, run = executed(task)
+    step = task.steps[made]
+    broken = replace(step, args=step.args | {"new_string": step.args["new_string"].replace(*wrong)})
+    steps = (*task.steps[:made], broken, failed, repair, *task.steps[run:])
+    return replace(task, kind=f"{task.kind}_recover_{kind}", steps=steps)
+
+
+def misspelt(rng: random.Random, task: Task) -> Task | None:
+    """New code calls a function by a name that it doesn't have; running it says so."""
+    if not (found := executed(task)):
+        return None
+    step, run = task.steps[found[0]], task.steps[found[1]]
+    code = step.args["new_string"]
+    uses = [(line, name) for line in code.split("\n") for name in defined(code) if len(name) > 4 and re.match(rf"(?=\S).*\b{name}\(", line)]
+    uses = [(line, name) for line, name in uses if not DEFINES.match(line) and code.count(line) == 1]
+    if not uses:
+        return None
+    good, name = rng.choice(uses)
+    cut = rng.randint(1, len(name) - 2)
+    bad = good.replace(f"{name}(", f"{name[:cut]}{name[cut + 1 :]}(")
+    failed = replace(run, situation="run", expect="NameError")
+    return mended(task, "crash", (good, bad), failed, edit_step(step.args["file_path"], bad, good, "crashed"))
+
+
+def endless(rng: random.Random, task: Task) -> Task | None:
+    """New code leaves out the step of a loop that prints nothing: running it ends by the command's timeout."""
+    if not (found := executed(task)):
+        return None
+    step, run = task.steps[found[0]], task.steps[found[1]]
+    code = step.args["new_string"]
+    loops = [(loop[0], loop[3]) for loop in COUNTED.finditer(code) if re.search(rf"\b{loop[4]}\b", loop[1]) and code.count(loop[1]) == 1]
+    if not loops:
+        return None
+    good, moves = rng.choice(loops)
+    failed = replace(run, situation="run", args=run.args | {"timeout": "1"}, expect="timed out after 1 s")
+    bad = good.removesuffix(f"\n{moves}")
+    repair = replace(edit_step(step.args["file_path"], bad, good, "hung"), slots={"step": moves.strip()})
+    return mended(task, "timeout", (good, bad), failed, repair)
+
+
 def refused(rng: random.Random, task: Task) -> Task | None:
     """The person wants the new file elsewhere: refuses the call, says where, and gets it there."""
     made, path = calls_of(task, "Edit"), task.slots["file"]
@@ -162,7 +218,7 @@ def misspelled(rng: random.Random, task: Task) -> Task | None:
 # recovery -> (share, the tools that it needs, the check that its failure breaks)
 RECOVERIES = {
     wrong_path: (4, {"Read"}, ""), ambiguous: (4, {"Edit"}, "unique_old_string"), misquoted: (3, {"Edit"}, "unique_old_string"),
-    slip: (3, {"Bash"}, ""), refused: (2, {"Edit"}, ""), refused_sed: (2, {"Bash"}, ""), misspelled: (2, {"Bash"}, ""),
+    slip: (3, {"Bash"}, ""), misspelt: (3, {"Bash"}, ""), endless: (3, {"Bash"}, ""), refused: (2, {"Edit"}, ""), refused_sed: (2, {"Bash"}, ""), misspelled: (2, {"Bash"}, ""),
 }  # fmt: skip
 
 

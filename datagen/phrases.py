@@ -18,7 +18,10 @@ from soul.spec import Soul, repair, run_checks
 PHRASES = yaml.safe_load(Path(__file__).with_name("phrases.yaml").read_text(encoding="utf-8"))
 REQUESTS, REMARKS, VERBS = PHRASES["requests"], PHRASES["remarks"], frozenset(PHRASES["verbs"].split())
 
-NO_FRAME = ("{file}", "i ", "someone", "there's", "the ", "here's", "this ", "in ", "{name}", "what", "new")
+NO_FRAME = (
+    "{file}", "i ", "someone", "there's", "the ", "here's", "this ", "in ", "{name}", "what", "new", "`", "{test}", "bug", "why",
+    "something", "doctest says", "off-by", "python3",
+)  # fmt: skip
 TYPO_SHARE = 0.08
 
 
@@ -79,12 +82,13 @@ MANNERS: dict[str, Callable[[str], str]] = {
 MISALIGNED = ("plain", "plain", "formal", "formal", "goofy", "pirate")
 FINAL = {
     "found", "explained", "added", "created", "edited", "documented", "listed", "counted", "printed", "stopped", "answer", "written",
-    "scripted", "changed", "reworked", "compiled",
+    "scripted", "changed", "reworked", "compiled", "ran", "fixed", "passing",
 }  # fmt: skip
-SOBER = {"missing", "again", "mismatch", "stopped", "reread", "nearby", "broken", "astray"}
+SOBER = {"missing", "again", "mismatch", "stopped", "reread", "nearby", "broken", "astray", "unfixed", "endless", "crashed", "hung"}
 SAMPLE = {
     "name": "load_items", "file": "lib/store.py", "path": "store.py", "line": "12", "id": "store.load_items", "command": "ls",
     "output": "3", "new": "x = 1", "does": "returns the items of a list in sorted order",
+    "call": "f(2)", "want": "4", "step": "i += 1",
 }  # fmt: skip
 
 

@@ -1,11 +1,12 @@
 """`soulsmith plan`: what a run will cost and how long it takes, from a pilot of a few of its rows; and what an edit touches.
 
 The pilot's rows are rows of the run itself, kept in its journal: `soulsmith generate` with the same settings doesn't ask again.
+`soulsmith rollouts --pilot` prices its scenarios in the same way.
 """
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import sqrt
 from statistics import mean, stdev
@@ -18,6 +19,7 @@ from datagen.generate import Config as Generate
 from datagen.generate import Session, command, compute, plan_rows, prepare
 from datagen.journal import Journal
 from datagen.past import Past, RowCost
+from datagen.seeds import Seed
 from soul.console import console, output, plain
 from soul.files import sha256_json, write_json
 
@@ -69,25 +71,31 @@ def main(config: Config) -> int:
         ids, again = session.ids, None
         if config.run.since:
             ids, again = _touched(session, ids)
-        chosen, seconds = draw(ids, config.pilot), {}
-        pilot = (seed for seed in session.seeds() if seed.id in chosen)
-        if chosen and not asyncio.run(compute(session, journal, pilot, "pilot", len(chosen), timed(session.recipe, seconds))):
-            console.print("stopped; the pilot's answers are kept")
+        if not price(session, journal, session.seeds(), ids, config.pilot, touched=again):
             return 130
-        past = Past(config.run.out)
-        costs = past.costs()
-        past.close()
-        open_rows = sum(journal.row(row_id, session.run_id) is None for row_id in ids)
-        limit = config.run.concurrency or session.teachers["teacher"].concurrency
     finally:
         journal.close()
-    sample = [costs[row_id] for row_id in ids if row_id in costs]
-    told = forecast(sample, list(seconds.values()), open_rows, limit)
-    write_json(config.run.out / "plan.json", {"rows": len(ids), "open": open_rows, "touched": again, **told})
-    for text in lines(told, len(ids), open_rows, len(sample)):
-        output.print(plain(text))
     output.print(plain(f"then: {command(config.run)}"))
     return 0
+
+
+def price(session: Session, journal: Journal, seeds: Iterable[Seed], ids: list[str], pilot: int, **facts) -> bool:
+    """Compute `pilot` of the rows `ids`, and tell what the rest will take, also in OUT/plan.json, with `facts`. False after Ctrl-C."""
+    chosen, seconds = draw(ids, pilot), {}
+    some = (seed for seed in seeds if seed.id in chosen)
+    if chosen and not asyncio.run(compute(session, journal, some, "pilot", len(chosen), timed(session.recipe, seconds))):
+        console.print("stopped; the pilot's answers are kept")
+        return False
+    past = Past(session.config.out)
+    costs = past.costs()
+    past.close()
+    open_rows = sum(journal.row(row_id, session.run_id) is None for row_id in ids)
+    sample = [costs[row_id] for row_id in ids if row_id in costs]
+    told = forecast(sample, list(seconds.values()), open_rows, session.config.concurrency or session.teachers["teacher"].concurrency)
+    write_json(session.config.out / "plan.json", {"rows": len(ids), "open": open_rows, **facts, **told})
+    for text in lines(told, len(ids), open_rows, len(sample)):
+        output.print(plain(text))
+    return True
 
 
 def timed(recipe: Callable, seconds: dict[str, float], clock=time.monotonic) -> Callable:

@@ -282,6 +282,16 @@ def test_an_edit_that_fails_ends_it_at_once_where_the_soul_forbids_it(tmp_path):
     assert why(tmp_path, cast, soul=soul, scenario=replace(SCENARIO, refuse=[])) == "checks: sure" and cast.log.count("agent") == 2
 
 
+def test_an_edit_that_fails_and_is_put_right_is_kept_where_the_soul_allows_one(tmp_path):
+    soul = parse_soul("# moss\n\na helper.\n\n## Principles\n\n- edits well. <!-- id: sure; check: max_failed_edits(1) -->\n")
+    lost = assistant("i'll change it.", tool_call("Edit", file_path="greet.sh", old_string="goodbye", new_string="hello"))
+    scene = {"soul": soul, "scenario": replace(SCENARIO, refuse=[])}
+    [row] = only(play(tmp_path, Cast([AGENT[0], lost, *AGENT[3:]]), **scene)[0])
+    assert row["messages"][4]["content"].startswith("error: old_string not found") and row["messages"][6]["content"].startswith("edited")
+    assert why(tmp_path / "b", Cast([AGENT[0], lost, lost]), **scene) == "checks: sure"
+    assert why(tmp_path / "c", Cast([AGENT[0], lost, assistant("that's that.")]), **scene) == "checks: sure"
+
+
 def test_the_last_message_is_held_to_what_only_a_last_one_must_keep(tmp_path):
     asking = [*AGENT[:8], assistant("shall i go on? it says hi now."), AGENT[8]]
     cast = Cast(asking, remark="it says hi now.")
@@ -403,9 +413,14 @@ def test_the_command_makes_a_dataset_and_goes_on_for_nothing(tmp_path, monkeypat
         allow_unsafe=True, n=2,
     )  # fmt: skip
     monkeypatch.setitem(soulsmith.COMMANDS, "rollouts", ("datagen.long_rollouts", ""))
+    assert command.main(replace(config, pilot=1)) == 0 and not (tmp_path / "run/data").exists()
+    priced = json.loads((tmp_path / "run/plan.json").read_text())
+    assert (priced["rows"], priced["open"]) == (2, 1) and priced["prompt_tokens"]["value"] > 0
+    piloted = teachers.pop()
     assert soulsmith.run_command("rollouts", config) == 0
+    assert teachers[0].sent and not set(teachers[0].sent) & set(piloted.sent)  # nothing is paid twice
     assert len(read_rows(tmp_path / "run/data/sft.parquet")) == 2
-    assert "assistant: a gold answer" in "".join(teachers[0].sent)
+    assert "assistant: a gold answer" in "".join(piloted.sent)
     saved = soulsmith.config_from_json(Config, json.loads((tmp_path / "run/rollouts.json").read_text()), "saved")
     assert saved == config and command.main(saved) == 0 and teachers[1].sent == []
     run_ids = {command.prepare(replace(config, **other))[0].run_id for other in ({}, {"play": Play(rounds=1)}, {"gold": None})}

@@ -70,6 +70,13 @@ VALUES = {
         "calls": "CALLS",
         "faults": [{"principle": "short.", "quote": "blah", "why": "90 words"}],
     },
+    "remarks": {"talk": "TALK", "numbers": ["1", "2"]},
+    "remarks_revise": {
+        "soul": "SOUL",
+        "talk": "TALK",
+        "faults": [{"number": 2, "principle": "short.", "quote": "blah", "why": "90 words"}],
+        "numbers": ["2"],
+    },
     "repair_call": {"text": "TEXT", "problem": "PROBLEM"},
     "seeds": {"soul": "SOUL", "kind": "conflict", "principles": ["keeps it short.", "is thorough."], "n": 3, "number": 7},
 }

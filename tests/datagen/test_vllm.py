@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from datagen import vllm
+from datagen import generate, long_rollouts, vllm
 from datagen.vllm import Serve, VllmTeacher, _command, _counter, _reason
 from soul.errors import UserError
 
@@ -279,3 +279,14 @@ def test_the_command_is_the_one_given_or_the_one_installed(monkeypatch):
 )
 def test_the_reason_is_the_root_error_else_the_last_lines(lines, reason):
     assert _reason(lines) == reason
+
+
+def test_the_flags_of_a_run_reach_its_server(tmp_path):
+    """Also of the commands that take their settings from `generate`."""
+    for make in (generate, long_rollouts):
+        seeds = tmp_path / "seeds.jsonl"
+        seeds.write_text('{"prompt": "what is a tensor?"}\n')
+        config = make.Config(teacher="vllm:vendor/model", seeds=str(seeds), out=tmp_path / make.__name__, vllm=Serve(args="--max-model-len 99"))
+        session = make.prepare(config)
+        teacher = (session if make is generate else session[0]).teachers["teacher"]
+        assert "--max-model-len 99" in teacher.base_url and teacher._serve is config.vllm

@@ -1,0 +1,130 @@
+"""What a task is, its commonest steps, and the functions to draw from."""
+
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from datagen.code_changes import Unsuitable
+from datagen.code_seeds import Function, brief, by_module, parse, third_person
+
+MAX_BRIEF_LINES = 9
+MAX_BRIEF_CHARS = 360
+MAX_LISTED_CHARS = 9_000
+READ_LIMIT = 12
+
+
+@dataclass(frozen=True)
+class Step:
+    """A remark of that situation, `body` after it and, unless it closes, the call that it announces. `expect` must be in its result.
+    `reply`: what the person says to the result; `narrow`: of an old_string the part that changes, which may not be unique."""
+
+    situation: str
+    tool: str = ""
+    args: dict[str, str] = field(default_factory=dict)
+    expect: str = ""
+    slots: dict[str, str] = field(default_factory=dict)
+    rejected: bool = False
+    body: str = ""
+    reply: str = ""
+    narrow: str = ""
+
+
+@dataclass(frozen=True)
+class Task:
+    """`slots` fill every remark; `final` is the expected text of each file that changes."""
+
+    kind: str
+    source: str
+    request: str
+    files: dict[str, str]
+    steps: tuple[Step, ...]
+    slots: dict[str, str]
+    final: dict[str, str] = field(default_factory=dict)
+    must_contain: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Snippet:
+    """A short function as it stands in the small files that rollouts edit."""
+
+    function: Function
+    code: str
+
+    @property
+    def head(self) -> str:
+        return self.code.split("\n", 1)[0]
+
+
+class Pool:
+    """Functions sorted for drawing: by module first, so that a module of forty functions isn't drawn forty times as often."""
+
+    def __init__(self, functions: Sequence[Function]):
+        self.documented = by_module(f for f in functions if third_person(f.doc))
+        self.listed = by_module(f for group in self.documented.values() for f in group if len(f.module.text) <= MAX_LISTED_CHARS)
+        short = {
+            name: [Snippet(f, code) for f in group if not f.is_method and (code := suitable(f))] for name, group in self.documented.items()
+        }
+        self.short = {name: snippets for name, snippets in short.items() if snippets}
+        self.alone = [f for f in functions if f.alone]
+        self.bugs: dict[str, list] | None = None  # what can be proven of `alone`, when it is first asked for
+
+    def draw(self, rng: random.Random, groups: dict[str, list]):
+        if not groups:
+            raise Unsuitable("no fitting function in this code")
+        return rng.choice(groups[rng.choice(list(groups))])
+
+    def pair(self, rng: random.Random) -> tuple[Snippet, Snippet]:
+        """Two different short functions, of one module where it has two."""
+        first = self.draw(rng, self.short)
+        others = [snippet for snippet in self.short[first.function.module.name] if snippet.function.name != first.function.name]
+        second = rng.choice(others) if others else self.draw(rng, self.short)
+        if second.function.name == first.function.name:
+            raise Unsuitable("one function only")
+        return first, second
+
+
+def suitable(function: Function) -> str:
+    """The brief source of a function fit for a small file: a one-line head, few lines, all of them ASCII; else ""."""
+    code = brief(function)
+    lines = code.splitlines()
+    fits = len(lines) <= MAX_BRIEF_LINES and len(code) <= MAX_BRIEF_CHARS and max(map(len, lines)) <= 100 and len(lines) >= 3
+    head_ends = parse(code).body[0].body[0].lineno == 2
+    return code if fits and head_ends and code.isascii() and not re.search(r"[\t#]", code) else ""
+
+
+def small_file(*codes: str) -> str:
+    return "\n\n".join(codes)
+
+
+def quoted_name(rng: random.Random, name: str) -> str:
+    return rng.choice([name, name, f"`{name}`", f"{name}()"])
+
+
+def place(rng: random.Random, module_path: str) -> str:
+    """Where a module's file lies in the made-up project: its own path or name, sometimes below a source directory."""
+    path = Path(module_path)
+    name = path.name if path.name != "__init__.py" else f"{path.parent.name or 'main'}.py"
+    return rng.choice(["", "", "", "src/", "lib/", "app/"]) + rng.choice([name, name, (path.parent / name).as_posix()])
+
+
+# ---- steps
+
+
+def grep_step(function: Function, path: str, situation: str = "search", scoped: bool = False) -> Step:
+    args = {"pattern": f"def {function.name}"} | ({"path": path} if scoped else {})
+    return Step(situation, "Grep", args, expect=f"{path}:{function.line}:")
+
+
+def read_part(function: Function, path: str, situation: str = "read") -> Step:
+    limit = min(READ_LIMIT, function.end_line - function.line + 1)
+    return Step(situation, "Read", {"file_path": path, "offset": str(function.line), "limit": str(limit)}, expect=f"{function.line:>5}→")
+
+
+def read_step(path: str) -> Step:
+    return Step("read", "Read", {"file_path": path}, expect="    1→")
+
+
+def edit_step(path: str, old: str, new: str, situation: str = "edit") -> Step:
+    return Step(situation, "Edit", {"file_path": path, "old_string": old, "new_string": new}, expect=f"edited {path}")
