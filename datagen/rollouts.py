@@ -25,7 +25,7 @@ JUDGMENTS = {reason for _, reason in JUDGED.values()}
 WRONG_CALLS = {"edit_unread", "ambiguous_edit", "wrong_path", "overwrite", "needless_read", "needless_call", "claimed_done"}
 WRONG_SHARE = 0.4
 # what the rejected side of a pair about the call may break: it is what the pair is about
-ABOUT_CALLS = {"read_before_edit", "unique_old_string", "no_repeated_call", "max_edit_lines", "max_comment_density"}
+ABOUT_CALLS = {"read_before_edit", "unique_old_string", "max_failed_edits", "no_repeated_call", "max_edit_lines", "max_comment_density"}
 UNSTEADY = re.compile(r"0x[0-9a-f]{6,}|^exit code: |^timed out after ", re.M)
 # the Python that runs this: a version manager's `python3` is a shell script that takes 200 ms to find one
 PATH = f"{os.path.dirname(os.path.realpath(sys.executable))}:{os.environ.get('PATH', os.defpath)}"

@@ -156,6 +156,7 @@ def bounded_pattern(pattern: str) -> str:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
+            re.purge()  # what was compiled before does not warn again
             re.compile(pattern)
     except (re.error, Warning, OverflowError, RecursionError) as error:
         raise ValueError(f"not a regular expression: {error}") from None

@@ -55,6 +55,24 @@ def unique_old_string(messages: list[dict]):
 
 
 @check("conversation")
+def max_failed_edits(messages: list[dict], n: int):
+    """at most n edits of a file in a row fail on old_string (see unique_old_string), and none is left so: a later one works"""
+    failed = {}
+    for index, calls in _turns(messages):
+        for name, args, result in calls:
+            if name != "Edit" or (result.startswith("error:") and not _NOT_UNIQUE.match(result)):
+                continue
+            failed[_path(args)] = failed.get(_path(args), 0) + 1 if _NOT_UNIQUE.match(result) else 0
+            if failed[_path(args)] > n:
+                yield index, (0, 0), f"edit of {_path(args):.60} failed again: {result.splitlines()[0]:.80}"
+            if "; new_string is already there" in result.partition("\n")[0]:  # then nothing is left to do
+                del failed[_path(args)]
+        for path in [path for path, times in failed.items() if times and not calls]:
+            yield index, (0, 0), f"stops where an edit of {path:.60} has failed"
+            del failed[path]
+
+
+@check("conversation")
 def no_repeated_call(messages: list[dict]):
     """never makes the same call twice in a row"""
     last = None

@@ -7,11 +7,13 @@ import signal
 import subprocess
 import tempfile
 import time
-from contextlib import suppress
+from collections.abc import Sequence
+from contextlib import closing, suppress
 from pathlib import Path
 
+from workspace.launched import Launched
 from workspace.paths import ToolError
-from workspace.sandbox import Sandbox, outcome
+from workspace.sandbox import Sandbox
 
 MAX_TIMEOUT = 600
 MAX_COMMAND_CHARS = 10_000  # a person must be able to read what they approve; the kernel's own limit is 128 KiB
@@ -25,8 +27,9 @@ def environment(root: Path, extra: dict[str, str] | None = None) -> dict[str, st
     return {"PATH": os.environ.get("PATH", os.defpath), "HOME": str(root), **fixed, **(extra or {})}
 
 
-def bash(root: Path, args: dict[str, str], env: dict[str, str], default_timeout: int, sandbox: Sandbox) -> str:
-    """The Bash tool: stdout and stderr together, then `exit code: N` when it is not 0, or what ended the command."""
+def bash(root: Path, args: dict[str, str], env: dict[str, str], default_timeout: int, sandbox: Sandbox, keep: Sequence[Path]) -> str:
+    """The Bash tool: stdout and stderr together, then `exit code: N` when it is not 0, or what ended the command. `keep`: what
+    it may only read, in the workspace."""
     command = args["command"]
     timeout = min(int(args.get("timeout", default_timeout)), MAX_TIMEOUT)
     if timeout < 1:
@@ -39,10 +42,9 @@ def bash(root: Path, args: dict[str, str], env: dict[str, str], default_timeout:
             tmp = os.path.realpath(directory)
             env = {**env, "TMPDIR": tmp}
             if sandbox.kind == "none":
-                output, code = _run(argv, root, env, timeout)
-                said = "timeout" if code is None else f"exit {code}"
+                output, said = _bare(argv, root, env, timeout)
             else:
-                output, said = _confined(argv, root, env, timeout, sandbox)
+                output, said = _confined(sandbox, argv, root, env, timeout, keep)
     except (OSError, ValueError):
         raise ToolError("the command cannot be started") from None
     output = output.replace(tmp, "$TMPDIR")
@@ -57,24 +59,30 @@ def bash(root: Path, args: dict[str, str], env: dict[str, str], default_timeout:
     return "\n".join(part for part in (output.rstrip("\n"), note) if part) or "(no output)"
 
 
-def _confined(argv: list[str], root: Path, env: dict[str, str], timeout: int, sandbox: Sandbox) -> tuple[str, str]:
+def _confined(sandbox: Sandbox, argv: list[str], root: Path, env: dict[str, str], timeout: int, keep: Sequence[Path]) -> tuple[str, str]:
     """Run `argv` in the sandbox; gives its output and the launcher's report. Raises ToolError when it could not be confined."""
-    receive, report = os.pipe()
     try:
-        output, code = _run(sandbox.wrap(argv, root, env["TMPDIR"], report=report, timeout=timeout), root, env, timeout + GRACE, report)
-    finally:
-        os.close(report)
-        said = outcome(receive)
+        process = sandbox.start(argv, root, env, timeout, keep)
+    except ConnectionError:
+        raise ToolError("the sandbox failed: no report") from None
+    with closing(process):
+        output, code = _finish(process, timeout + GRACE, confined=True)
+        said = process.report
     if said.startswith("error") or (not said and code is not None):
         raise ToolError(f"the sandbox failed: {said.removeprefix('error ') or 'no report'}")
     return output, said or "timeout"
 
 
-def _run(argv: list[str], root: Path, env: dict[str, str], timeout: float, *pass_fds: int) -> tuple[str, int | None]:
-    """Run `argv`; gives its output and its exit code, None when it ran out of time. Without a sandbox, a daemon that leaves
-    its session, its parent and its output behind is not found again."""
+def _bare(argv: list[str], root: Path, env: dict[str, str], timeout: int) -> tuple[str, str]:
+    """The same without a sandbox: a daemon that leaves its session, its parent and its output behind is not found again."""
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    process = subprocess.Popen(argv, cwd=root, env=env, start_new_session=True, bufsize=0, pass_fds=pass_fds, **pipes)
+    process = subprocess.Popen(argv, cwd=root, env=env, start_new_session=True, bufsize=0, **pipes)
+    output, code = _finish(process, timeout, confined=False)
+    return output, "timeout" if code is None else f"exit {code}"
+
+
+def _finish(process: subprocess.Popen | Launched, timeout: float, *, confined: bool) -> tuple[str, int | None]:
+    """The output and the exit code, None when time ran out."""
     deadline = time.monotonic() + timeout
     try:
         output = _drain(process, deadline)
@@ -82,11 +90,11 @@ def _run(argv: list[str], root: Path, env: dict[str, str], timeout: float, *pass
             process.wait(max(0.0, deadline - time.monotonic()))
         return output, process.returncode
     finally:
-        _kill(process, confined=bool(pass_fds))
+        _kill(process, confined=confined)
         process.stdout.close()
 
 
-def _drain(process: subprocess.Popen, deadline: float) -> str:
+def _drain(process: subprocess.Popen | Launched, deadline: float) -> str:
     """Read until the pipe closes, the shell has ended, or time is up; holds at most `KEPT_BYTES` of each end."""
     head, tail, elided = bytearray(), bytearray(), 0
     with selectors.DefaultSelector() as selector:
@@ -109,7 +117,7 @@ def _drain(process: subprocess.Popen, deadline: float) -> str:
     return (bytes(head) + middle + bytes(tail)).decode("utf-8", "replace")
 
 
-def _kill(process: subprocess.Popen, *, confined: bool) -> None:
+def _kill(process: subprocess.Popen | Launched, *, confined: bool) -> None:
     """End the process group, and on Linux what has left it: descendants, and any process that still writes to the pipe."""
     strays = [] if confined and process.poll() == 0 else _strays(process)  # a launcher that ended well left nobody behind
     with suppress(ProcessLookupError, PermissionError):
@@ -120,7 +128,7 @@ def _kill(process: subprocess.Popen, *, confined: bool) -> None:
     process.wait()
 
 
-def _strays(process: subprocess.Popen) -> list[int]:
+def _strays(process: subprocess.Popen | Launched) -> list[int]:
     pipe = f"pipe:[{os.fstat(process.stdout.fileno()).st_ino}]"
     children, found = {}, []
     for entry in Path("/proc").glob("[0-9]*"):

@@ -8,14 +8,16 @@ import difflib
 import hashlib
 import os
 import re
+import secrets
 import stat
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
-from soul.errors import UserError
-from soul.files import atomic_path
-from workspace.paths import ToolError, missing, relative, resolve
+from soul.files import disk_error
+from workspace.paths import PROTECTED, ToolError, folder_of, missing, open_inside, relative, resolve
 
 MAX_FILE_BYTES = 2_000_000
 MAX_LINE_CHARS = 400
@@ -36,7 +38,7 @@ def load(root: Path, real: Path) -> tuple[bytes, os.stat_result]:
     near names), a directory (with its listing), not a regular file, too large, unreadable."""
     name = relative(root, real)
     try:
-        handle = os.open(real, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        handle = open_inside(root, real, os.O_RDONLY | os.O_NONBLOCK)
     except (FileNotFoundError, NotADirectoryError):
         raise missing(root, real) from None
     except OSError:
@@ -44,7 +46,7 @@ def load(root: Path, real: Path) -> tuple[bytes, os.stat_result]:
     try:
         info = os.fstat(handle)
         if stat.S_ISDIR(info.st_mode):
-            raise ToolError(f"{name} is a directory: {_listing(real)}")
+            raise ToolError(f"{name} is a directory: {_listing(handle)}")
         if not stat.S_ISREG(info.st_mode):
             raise ToolError(f"{name} is not a regular file")
         if info.st_size > MAX_FILE_BYTES:
@@ -69,8 +71,8 @@ def digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _listing(real: Path) -> str:
-    names = sorted(entry.name + "/" * entry.is_dir() for entry in os.scandir(real) if not entry.name.startswith("."))
+def _listing(folder: int) -> str:
+    names = sorted(entry.name + "/" * entry.is_dir() for entry in os.scandir(folder) if not entry.name.startswith("."))
     more = f" and {len(names) - LISTED_NAMES} more" if len(names) > LISTED_NAMES else ""
     return (", ".join(names[:LISTED_NAMES]) or "empty") + more
 
@@ -137,21 +139,44 @@ class Change:
 def edit(root: Path, seen: dict[Path, str], args: dict[str, str]) -> str:
     """The Edit tool: apply the change atomically; the new content counts as read."""
     change = plan_edit(root, seen, args)
+
+    def check() -> None:
+        if plan_edit(root, seen, args) != change:  # swapped or written to meanwhile
+            raise ToolError(f"{relative(root, change.real)} changed since it was read; read it again")
+
     try:
-        with atomic_path(change.real) as temporary:
-            temporary.write_bytes(change.after)
-            if change.mode is not None:
-                temporary.chmod(change.mode)
-    except UserError as error:
-        raise ToolError(f"{relative(root, change.real)} cannot be written: {error.what}") from None
+        with folder_of(root, change.real, create=True) as folder:
+            _write(change, folder, check)
+    except OSError as error:
+        raise ToolError(f"{relative(root, change.real)} cannot be written: {disk_error(error, change.real).what}") from None
     seen[change.real] = digest(change.after)
     return change.result
+
+
+def _write(change: Change, folder: int, check: Callable) -> None:
+    """Put the new content in the file's place, in one step."""
+    temporary = f".{secrets.token_hex(8)}.tmp"
+    try:
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666, dir_fd=folder)
+        with open(handle, "wb") as file:
+            file.write(change.after)
+            file.flush()
+            if change.mode is not None:
+                os.fchmod(handle, change.mode)
+            os.fsync(handle)
+        check()
+        os.replace(temporary, change.real.name, src_dir_fd=folder, dst_dir_fd=folder)
+    finally:
+        with suppress(FileNotFoundError):
+            os.unlink(temporary, dir_fd=folder)
 
 
 def plan_edit(root: Path, seen: dict[Path, str], args: dict[str, str]) -> Change:
     """The change that an Edit asks for, without making it. Raises ToolError for every reason not to."""
     real = resolve(root, args["file_path"])
     name, new = relative(root, real), args["new_string"]
+    if PROTECTED in map(str.casefold, real.relative_to(root).parts):
+        raise ToolError(f"{name} is git's own; Edit does not change it")
     try:
         new.encode("utf-8")
     except UnicodeEncodeError:

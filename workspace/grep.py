@@ -55,7 +55,7 @@ def _texts(root: Path, top: Path) -> tuple[list[str], list[list[str]]]:
     if not top.exists():
         raise missing(root, top)
     names, files, total = [], [], 0
-    for real in walk(top) if top.is_dir() else [top]:
+    for real in walk(root, top) if top.is_dir() else [top]:
         try:
             data, _ = load(root, real)
         except ToolError:

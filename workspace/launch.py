@@ -1,9 +1,11 @@
 """The launcher of a sandboxed command: confines itself by the kernel's means, then executes the command and watches it.
 
-It is a program of its own, `python -I -S launch.py key=value … -- COMMAND`, because no Python code may run between fork and
-exec of a process that has threads. It trusts its arguments (sandbox.py writes them) and nothing that the command does. What
-became of the command goes, as one line, into the descriptor `report`: `exit N` (negative: a signal), `timeout`, `processes`,
-`memory`, or `error WHY`; an empty report means that nothing is known. Whatever cannot be confined is not executed.
+It is a program of its own, because no Python code may run between fork and exec of a process that has threads:
+`python -I -S launch.py serve=SOCKET`, which forks itself for each command (launched.py asks it to), or inside bubblewrap
+`python -I -S launch.py key=value … -- COMMAND`. It trusts its arguments (sandbox.py writes them) and nothing that the command
+does. What became of the command goes, as one line and when all of it has ended, into the descriptor 3: `exit N` (negative: a
+signal), `timeout`, `processes`, `memory`, or `error WHY`; no report means that nothing is known. Whatever cannot be confined is
+not executed.
 
 Every fork of the command waits for this process to allow it (seccomp's user notification), so their number is exact for
 root too, where RLIMIT_NPROC does not bind, and nobody multiplies while he is being killed.
@@ -20,6 +22,7 @@ import sys
 import time
 
 TICK = 0.05  # seconds
+REPORT = 3
 DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
 KEPT_CAPABILITIES = (0, 1, 3, 4)  # CHOWN, DAC_OVERRIDE, FOWNER, FSETID: root's files stay root's
 SYSCALLS = {  # machine -> audit architecture, seccomp, socket, truncate, and all that fork
@@ -44,9 +47,9 @@ def call(name: str, *args) -> int:
 # --- what the command may touch
 
 
-def isolate(write: list[str]) -> None:
-    """Own process ids, network and mounts, in which everything but `write` is read-only. Without root, in a user namespace of
-    the same user. Landlock does not cover chmod, chown and times; read-only mounts do."""
+def isolate(write: list[str], keep: list[str]) -> None:
+    """Own process ids, network and mounts, in which everything but `write`, and `keep` too, is read-only. Without root, in
+    a user namespace of the same user. Landlock does not cover chmod, chown and times; read-only mounts do."""
     uid, gid = os.getuid(), os.getgid()
     call("unshare", 0x20000 | 0x8000000 | 0x20000000 | 0x40000000 | (0x10000000 if uid else 0))  # NS, IPC, PID, NET, USER
     if uid:
@@ -55,7 +58,7 @@ def isolate(write: list[str]) -> None:
                 file.write(text)
     here = os.getcwd()
     call("mount", b"none", b"/", None, 0x44000, None)  # REC | PRIVATE
-    for path in write:
+    for path in [*write, *keep]:  # a place where something is mounted cannot be moved or removed either
         call("mount", os.fsencode(path), os.fsencode(path), None, 0x5000, None)  # REC | BIND
     _set_mount("/", 0x8000, read_only=True)  # AT_RECURSIVE
     for path in write:
@@ -195,14 +198,13 @@ def bury() -> None:
 def main(arguments: list[str]) -> None:
     end = arguments.index("--")
     pairs = [argument.partition("=")[::2] for argument in arguments[:end]]
-    read, write = ([value for key, value in pairs if key == kind] for kind in ("read", "write"))
-    options = {key: int(value) for key, value in pairs if key not in ("read", "write")}
-    report = options["report"]
-    os.set_inheritable(report, False)
+    read, write, keep = ([value for key, value in pairs if key == kind] for kind in ("read", "write", "keep"))
+    options = {key: int(value) for key, value in pairs if key not in ("read", "write", "keep")}
+    os.set_inheritable(REPORT, False)
     try:
         call("prctl", 1, 9, 0, 0, 0)  # PDEATHSIG: with whoever started this, all of it ends
         if options["namespaces"]:
-            isolate(write)
+            isolate(write, keep)
             write.append("/dev/shm")
             if inside := os.fork():  # the child is the first process of the new ids; when it ends the kernel kills the rest
                 os.waitpid(inside, 0)
@@ -220,12 +222,60 @@ def main(arguments: list[str]) -> None:
             os.execvp(arguments[end + 1], arguments[end + 1 :])
         theirs.close()
         for _, _, forks in ours.recvmsg(1, _socket.CMSG_LEN(4))[1]:  # none when the child has said what is wrong
-            os.write(report, f"{watch(child, *struct.unpack('i', forks), options)}\n".encode())
-        bury()
+            said = watch(child, *struct.unpack("i", forks), options)
+            bury()
+            os.write(REPORT, said.encode())
     except BaseException as error:
-        os.write(report, f"error {error}\n".encode())
+        os.write(REPORT, f"error {error}".encode())
     os._exit(0)
 
 
+def serve(server: _socket.socket) -> None:
+    """Fork a launcher for each request, until whoever started this is gone. A request: the directory, the number of variables, the
+    environment and the command, with NULs between, and descriptors for the output and the report."""
+    os.set_inheritable(server.fileno(), False)
+    poll, starter = select.poll(), os.pidfd_open(os.getppid())
+    poll.register(server.fileno(), select.POLLIN)
+    poll.register(starter, select.POLLIN)
+    while starter not in dict(poll.poll()):
+        request, passed, *_ = server.recvmsg(1 << 20, _socket.CMSG_LEN(8), _socket.MSG_CMSG_CLOEXEC)
+        if not request:
+            break
+        output, report = struct.unpack("2i", passed[0][2])
+        if not os.fork():
+            begin(request.split(b"\0"), output, report)
+        os.close(output)
+        os.close(report)
+        try:
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        except ChildProcessError:
+            pass
+
+
+def begin(request: list[bytes], output: int, report: int) -> None:
+    """Become the launcher that is asked for. Tells its number first, with a descriptor of this process."""
+    for handle, number in ((output, 1), (output, 2), (report, REPORT)):
+        os.dup2(handle, number)
+    try:
+        caller, this = _socket.socket(fileno=REPORT), struct.pack("i", os.pidfd_open(os.getpid()))
+        caller.sendmsg([b"%d" % os.getpid()], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, this)])
+        os.setsid()
+        directory, count, *rest = request
+        os.chdir(directory)
+        os.environb.clear()
+        os.environb.update(variable.split(b"=", 1) for variable in rest[: int(count)])
+        command = [os.fsdecode(part) for part in rest[int(count) :]]
+        if command[0] == "launch":
+            main(command[1:])
+        os.execvp(command[0], command)
+    except BaseException as error:
+        os.write(REPORT, f"error cannot start: {getattr(error, 'strerror', None) or error}".encode())
+    os._exit(1)
+
+
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    if sys.argv[1].startswith("serve="):
+        serve(_socket.socket(fileno=int(sys.argv[1].partition("=")[2])))
+    else:
+        main(sys.argv[1:])

@@ -11,11 +11,14 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
 from soul.errors import UserError
+from workspace.launched import PYTHON, Launched
 
 SYSTEM = ("/bin", "/etc", "/lib", "/lib32", "/lib64", "/nix", "/opt", "/proc", "/sbin", "/snap", "/sys", "/usr")
 LAUNCHER = Path(__file__).with_name("launch.py")
@@ -63,20 +66,24 @@ class Sandbox:
         how = "Landlock and namespaces" if self.namespaces else "Landlock" if self.kind == "landlock" else "bubblewrap"
         return f"commands run in a sandbox ({how}): they write only in the workspace and have no network"
 
-    def wrap(self, argv: list[str], root: Path, tmp: str, *, report: int, timeout: int) -> list[str]:
-        """`argv` inside the sandbox. `report`: a descriptor, to be passed on, where launch.py says what became of it."""
+    def start(self, argv: list[str], root: Path, env: dict[str, str], timeout: int, keep: Sequence[Path] = ()) -> Launched:
+        """`argv` inside the sandbox, on its way; what is in `keep` stays as it is, but under Landlock alone. Raises as Launched does."""
+        return Launched(self.wrap(argv, root, env["TMPDIR"], timeout, keep), LAUNCHER, root, env)
+
+    def wrap(self, argv: list[str], root: Path, tmp: str, timeout: int, keep: Sequence[Path]) -> list[str]:
+        """What the launcher is asked to do: `launch` with the sandbox's terms, or another program to execute."""
         sizes = {name: getattr(self.limits, name) for name in ("processes", "memory", "file", "files")}
-        numbers = {**sizes, "report": report, "timeout": timeout, "cpu": timeout * (os.cpu_count() or 1)}
+        numbers = {**sizes, "timeout": timeout, "cpu": timeout * (os.cpu_count() or 1)}
         numbers |= {"landlock": int(self.kind == "landlock"), "namespaces": int(self.namespaces)}
-        granted = [*(f"read={path}" for path in readable()), f"write={root}", f"write={tmp}"]
-        python = [os.path.realpath(sys.executable), "-I", "-S", str(LAUNCHER)]
-        inner = [*python, *(f"{name}={number}" for name, number in numbers.items()), *granted, "--", *argv]
+        granted = [*(f"read={path}" for path in readable()), f"write={root}", f"write={tmp}", *(f"keep={path}" for path in keep)]
+        terms = [*(f"{name}={number}" for name, number in numbers.items()), *granted, "--", *argv]
         if self.kind == "landlock":
-            return inner
+            return ["launch", *terms]
         binds = [part for path in [*readable(), str(LAUNCHER)] for part in ("--ro-bind-try", path, path)]
         binds += ["--proc", "/proc", "--dev", "/dev", *(part for path in (str(root), tmp) for part in ("--bind", path, path))]
+        binds += [part for path in map(str, keep) for part in ("--ro-bind", path, path)]
         options = ["--unshare-all", "--die-with-parent", *binds, "--remount-ro", "/", "--chdir", str(root)]
-        return [shutil.which("bwrap") or "bwrap", *options, "--", *inner]
+        return [shutil.which("bwrap") or "bwrap", *options, "--", *PYTHON, str(LAUNCHER), *terms]
 
     def fault(self) -> str:
         """Why this sandbox does not hold here, "" when it does: a child of it must write inside, and neither outside nor connect."""
@@ -84,32 +91,17 @@ class Sandbox:
             root, tmp, outside = (Path(os.path.realpath(top), name) for name in ("root", "tmp", "outside"))
             root.mkdir()
             tmp.mkdir()
-            argv = [os.path.realpath(sys.executable), "-I", "-S", "-c", _PROBE, str(outside), str(server.getsockname()[1])]
-            receive, report = os.pipe()
+            argv = [*PYTHON, "-c", _PROBE, str(outside), str(server.getsockname()[1])]
             try:
-                wrapped = self.wrap(argv, root, str(tmp), report=report, timeout=10)
-                pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-                done = subprocess.run(wrapped, cwd=root, env={}, pass_fds=[report], timeout=20, text=True, errors="replace", **pipes)
+                with closing(self.start(argv, root, {"TMPDIR": str(tmp)}, 10)) as process:
+                    process.wait(20)
+                    said, output = process.report, process.stdout.read().decode("utf-8", "replace")
             except (OSError, subprocess.TimeoutExpired) as error:
                 return f"cannot start: {getattr(error, 'strerror', None) or 'no answer'}"
-            finally:
-                os.close(report)
-                said = outcome(receive)
             if said != "exit 0":
-                return said.removeprefix("error ") or (done.stdout.strip().splitlines() or ["cannot start"])[-1]
-            held = done.stdout.split() == ["refused"] * 2 and (root / "inside").exists() and not outside.exists()
+                return said.removeprefix("error ") or (output.strip().splitlines() or ["cannot start"])[-1]
+            held = output.split() == ["refused"] * 2 and (root / "inside").exists() and not outside.exists()
             return "" if held else "does not confine"
-
-
-def outcome(receive: int) -> str:
-    """The first line of launch.py's report, "" without one; closes the pipe, whose other end must be closed here."""
-    os.set_blocking(receive, False)
-    try:
-        return os.read(receive, 4096).decode("utf-8", "replace").split("\n")[0]
-    except BlockingIOError:
-        return ""
-    finally:
-        os.close(receive)
 
 
 @cache

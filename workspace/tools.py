@@ -8,7 +8,7 @@ from soul.tools import problem
 from workspace.bash import bash, environment
 from workspace.files import edit, plan_edit, read
 from workspace.grep import grep
-from workspace.paths import ToolError
+from workspace.paths import PROTECTED, ToolError
 from workspace.sandbox import Sandbox, require_sandbox
 
 __all__ = ["REJECTED", "Sandbox", "Workspace", "clip", "make_workspace", "require_sandbox"]
@@ -33,6 +33,8 @@ class Workspace:
         self.bash_timeout, self.max_result_chars = bash_timeout, max_result_chars
         self.env, self.sandbox = environment(self.root, env), sandbox
         self.seen: dict[Path, str] = {}
+        repository = self.root / PROTECTED
+        self.keep = [repository] if repository.exists() else []  # one that a command makes is the command's
 
     def run(self, name: str, args: dict[str, str]) -> str:
         """Execute one call. Whatever the call, it never raises: what went wrong is the result, and begins `error: `."""
@@ -47,7 +49,7 @@ class Workspace:
                 text = grep(self.root, args, self.max_result_chars)
             else:
                 self.sandbox = self.sandbox or Sandbox.detect()
-                text = bash(self.root, args, self.env, self.bash_timeout, self.sandbox)
+                text = bash(self.root, args, self.env, self.bash_timeout, self.sandbox, list(filter(Path.exists, self.keep)))
         except ToolError as error:
             text = f"error: {error}"
         except OSError as error:

@@ -286,7 +286,9 @@ def test_the_flags_of_a_run_reach_its_server(tmp_path):
     for make in (generate, long_rollouts):
         seeds = tmp_path / "seeds.jsonl"
         seeds.write_text('{"prompt": "what is a tensor?"}\n')
-        config = make.Config(teacher="vllm:vendor/model", seeds=str(seeds), out=tmp_path / make.__name__, vllm=Serve(args="--max-model-len 99"))
+        config = make.Config(
+            teacher="vllm:vendor/model", seeds=str(seeds), out=tmp_path / make.__name__, vllm=Serve(args="--max-model-len 99")
+        )
         session = make.prepare(config)
         teacher = (session if make is generate else session[0]).teachers["teacher"]
         assert "--max-model-len 99" in teacher.base_url and teacher._serve is config.vllm

@@ -17,6 +17,7 @@ from soul.spec import parse_soul, run_checks
 EDIT = tool_call("Edit", file_path="a.py", old_string="x", new_string="y")
 READ = tool_call("Read", file_path="a.py")
 GREP = tool_call("Grep", pattern="x")
+LOST, TWICE = tool("error: old_string not found in a.py"), tool("error: old_string occurs 2 times in a.py (lines 1, 2)")
 NEW = tool_call("Edit", file_path="b.py", new_string="x = 1\n")
 
 
@@ -290,6 +291,42 @@ CASES = {
         [
             ([assistant("b", EDIT), tool("ok")], [assistant("b", EDIT), tool("error: old_string occurs 2 times in a.py")]),
             ([assistant("b", EDIT), tool("ok")], [assistant("b", EDIT), tool("error: old_string not found in a.py; did you mean x")]),
+        ],
+    ),
+    "max_failed_edits": Case(
+        {"n": 1},
+        [
+            [
+                assistant("b", EDIT),
+                LOST,
+                assistant("r", READ),
+                tool("x"),
+                assistant("b", edit("z")),
+                tool("edited a.py"),
+                assistant("done."),
+            ],
+            [assistant("b", EDIT), TWICE, assistant("b", EDIT), tool("edited a.py"), assistant("b", EDIT), LOST],
+            [assistant("b", EDIT), LOST, assistant("b", edit("y", "c.py")), LOST],
+            [assistant("b", EDIT), LOST, assistant("b", EDIT), tool("rejected by user"), assistant("all right.")],
+            [assistant("b", EDIT), tool("error: old_string not found in a.py; new_string is already there"), assistant("it's there.")],
+            [assistant("b", EDIT), tool("error: read a.py before editing it"), assistant("b", EDIT), TWICE, assistant("b", EDIT)],
+        ],
+        [
+            [assistant("b", EDIT), LOST, assistant("it can't be done.")],
+            [assistant("b", EDIT), LOST, assistant("r", READ), tool("x"), assistant("b", edit("z")), TWICE],
+            [assistant("b", EDIT), LOST, assistant("b", edit("y", "c.py")), tool("edited c.py"), assistant("done.")],
+            [assistant("b", EDIT), LOST, assistant("b", EDIT), tool("error: same call again; its result is above"), assistant("done.")],
+            [assistant("b", edit("y", "./a.py")), LOST, assistant("b", EDIT), LOST],
+        ],
+        [
+            (
+                [assistant("b", EDIT), LOST, assistant("b", EDIT), tool("edited a.py"), assistant("done.")],
+                [assistant("b", EDIT), LOST, assistant("b", EDIT), LOST, assistant("done.")],
+            ),
+            (
+                [assistant("b", EDIT), LOST, assistant("b", EDIT), tool("edited a.py"), assistant("done.")],
+                [assistant("b", EDIT), LOST, assistant("b", READ), tool("x"), assistant("done.")],
+            ),
         ],
     ),
     "no_repeated_call": Case(

@@ -8,6 +8,7 @@ import pytest
 
 from soul.errors import UserError
 from workspace import grep as grep_module
+from workspace.paths import resolve
 from workspace.tools import Workspace
 
 
@@ -84,6 +85,22 @@ def test_skips_hidden_binary_junk_and_links_out(ws, tmp_path):
     assert "outside" in grep(ws, "key", path="..")
     assert grep(ws, "key", path="fifo") == "error: fifo is not a regular file"
     assert grep(ws, "key", path="missing") == "error: missing does not exist"
+
+
+def test_a_folder_that_becomes_a_symlink_meanwhile_is_not_searched(ws, tmp_path, monkeypatch):
+    put(ws, "d/e/a", "key\n")
+    (tmp_path / "secret").write_text("key\n")
+
+    def swap(root, path):
+        real = resolve(root, path)
+        if not (ws.root / "old").exists():
+            (ws.root / "d").rename(ws.root / "old")
+            (ws.root / "d").symlink_to(tmp_path)
+        return real
+
+    monkeypatch.setattr(grep_module, "resolve", swap)
+    assert grep(ws, "key", path="d") == "no matches found"
+    assert ws.run("Read", {"file_path": "secre"}) == "error: secre does not exist"
 
 
 def test_errors(ws):

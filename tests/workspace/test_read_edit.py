@@ -1,8 +1,11 @@
 import os
+import re
 import socket
+from pathlib import Path
 
 import pytest
 
+from workspace import files
 from workspace.files import MAX_FILE_BYTES
 from workspace.tools import Workspace
 
@@ -279,6 +282,93 @@ def test_file_swapped_for_a_symlink_is_not_followed(ws, tmp_path_factory):
     path.symlink_to(secret)
     assert "outside" in ws.run("Edit", {"file_path": "a", "old_string": "x", "new_string": "y"})
     assert secret.read_text() == "x\n"
+
+
+@pytest.fixture
+def swapped(ws, tmp_path_factory, monkeypatch):
+    """`swapped(name, when)`: from the moment that function `when` of files.py has returned, `name` is a symlink out, once."""
+    out = tmp_path_factory.mktemp("out")
+    (out / "a").write_text("x\n")
+
+    def prepare(name, when):
+        real = getattr(files, when)
+
+        def then_swap(*args, **more):
+            result = real(*args, **more)
+            if not (ws.root / "old").exists():
+                (ws.root / name).rename(ws.root / "old")
+                (ws.root / name).symlink_to(out / "a" if name.endswith("a") else out)
+            return result
+
+        monkeypatch.setattr(files, when, then_swap)
+        return out
+
+    return prepare
+
+
+@pytest.mark.parametrize("name", ["d/a", "d", "d/e"])
+def test_what_is_swapped_for_a_symlink_after_the_check_is_not_read(ws, swapped, name):
+    put(ws, "d/a", "x\n")
+    put(ws, "d/e/a", "x\n")
+    swapped(name, "resolve")
+    assert read(ws, "d/e/a" if name == "d/e" else "d/a").startswith("error: d/")
+
+
+@pytest.mark.parametrize("name", ["d/a", "d"])
+@pytest.mark.parametrize("when", ["resolve", "plan_edit", "folder_of"])
+def test_what_is_swapped_for_a_symlink_after_the_check_is_not_edited(ws, swapped, name, when):
+    put(ws, "d/a", "x\n")
+    read(ws, "d/a")
+    out = swapped(name, when)
+    assert ws.run("Edit", {"file_path": "d/a", "old_string": "x", "new_string": "y"}).startswith("error: d/a ")
+    assert (out / "a").read_text() == "x\n" and os.listdir(out) == ["a"]
+
+
+@pytest.mark.parametrize("when", ["resolve", "plan_edit", "folder_of"])
+def test_nothing_is_created_through_a_parent_that_is_swapped_after_the_check(ws, swapped, when):
+    put(ws, "d/b", "")
+    out = swapped("d", when)
+    for name in ("d/new", "d/deep/new"):
+        ws.run("Edit", {"file_path": name, "new_string": "y"})
+        assert os.listdir(out) == ["a"]
+
+
+def test_a_file_that_changes_while_it_is_edited_is_kept(ws, monkeypatch):
+    path = put(ws, "a", "x\n")
+    read(ws, "a")
+    monkeypatch.setattr(os, "fsync", lambda handle: path.write_text("theirs\n"))
+    assert ws.run("Edit", {"file_path": "a", "old_string": "x", "new_string": "y"}) == "error: a changed since it was read; read it again"
+    monkeypatch.setattr(os, "fsync", lambda handle: put(ws, "new", "theirs\n"))
+    assert ws.run("Edit", {"file_path": "new", "new_string": "y"}) == "error: new exists; give old_string to change it"
+    assert path.read_text() == "theirs\n" == (ws.root / "new").read_text() and sorted(os.listdir(ws.root)) == ["a", "new"]
+
+
+@pytest.mark.parametrize("name", [".git/config", ".git/hooks/pre-commit", ".GIT/config", "sub/.git", "link/config", ".git/../.git/config"])
+def test_files_of_git_are_readable_and_never_edited(ws, name):
+    put(ws, ".git/config", "x\n")
+    (ws.root / "link").symlink_to(".git")
+    call = {"file_path": name, "new_string": "[alias]"}
+    assert ws.run("Edit", call).endswith("is git's own; Edit does not change it")
+    assert ws.preview(call) == ws.run("Edit", call) and read(ws, ".git/config") == "    1→x"
+    assert ws.run("Edit", {"file_path": ".github/ci.yml", "new_string": "on: push\n"}).startswith("created")
+
+
+def folded(argument):
+    return re.sub("(?i)readme", "readme", os.fspath(argument)) if isinstance(argument, str | Path) else argument
+
+
+def test_where_two_names_are_one_file_neither_is_edited_unread(ws, monkeypatch):
+    for module, names in ((os, ("open", "stat", "replace")), (os.path, ("lexists",))):  # a file system that ignores case
+        for name in names:
+            real = getattr(module, name)
+            monkeypatch.setattr(module, name, lambda *a, real=real, **more: real(*map(folded, a), **more))
+    path = put(ws, "readme", "one\n")
+    assert read(ws, "README") == read(ws, "Readme") == "    1→one"
+    assert ws.run("Edit", {"file_path": "readme", "old_string": "one", "new_string": "1"}) == "error: read readme before editing it"
+    assert ws.run("Edit", {"file_path": "README", "old_string": "one", "new_string": "1"}).startswith("edited README")
+    stale = ws.run("Edit", {"file_path": "Readme", "old_string": "1", "new_string": "2"})
+    assert stale == "error: Readme changed since it was read; read it again"
+    assert ws.run("Edit", {"file_path": "ReadMe", "new_string": "new"}).startswith("error: ReadMe exists") and path.read_text() == "1\n"
 
 
 def test_failed_write_leaves_the_old_file_and_no_temporary(ws, monkeypatch):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from soul.errors import UserError
+from workspace import launched
 from workspace import sandbox as module
 from workspace.sandbox import Limits, Sandbox, readable
 from workspace.tools import Workspace, require_sandbox
@@ -60,6 +62,8 @@ def bash(ws, command, **more):
 def sleeper():
     """A process of this user, outside every sandbox."""
     process = subprocess.Popen(["sleep", "60"], env={"PATH": os.environ["PATH"], "SOME_API_KEY": "sk-canary"})
+    while not Path(f"/proc/{process.pid}/environ").read_text():  # it is there a moment after the process
+        time.sleep(0.01)
     yield process
     process.kill()
     process.wait()
@@ -245,8 +249,14 @@ def test_nobody_outlives_the_command(ws):
 
 
 def test_nobody_outlives_the_caller(ws, tmp_path):
-    code = f"from workspace.tools import *; Workspace({str(ws.root)!r}, sandbox={ws.sandbox!r}).run('Bash', {{'command': 'sleep {NAP}'}})"
-    code = "from workspace.sandbox import *; " + code
+    code = f"""import os, time
+from workspace.tools import Workspace
+from workspace.sandbox import Limits, Sandbox
+ws = Workspace({str(ws.root)!r}, sandbox={ws.sandbox!r})
+ws.run("Bash", {{"command": "true"}})
+if os.fork():
+    ws.run("Bash", {{"command": "sleep {NAP}"}})
+time.sleep(5)  # a child that has all that its parent has open"""
     caller = subprocess.Popen(
         [sys.executable, "-c", code], cwd=Path(module.__file__).parents[1], env={**os.environ, "TMPDIR": str(tmp_path)}
     )
@@ -259,12 +269,68 @@ def test_nobody_outlives_the_caller(ws, tmp_path):
     assert running(f"sleep {NAP}") == []
 
 
+# --- the warm launcher
+
+
+def launcher():
+    """The process that forks itself for each command of this one."""
+    return launched._servers[os.getpid(), module.LAUNCHER][1]
+
+
+def test_one_launcher_serves_all_commands_and_a_dead_one_is_replaced(ws):
+    assert bash(ws, "echo 1") == "1"
+    first = launcher()
+    assert bash(ws, "echo 2") == "2" and launcher() is first
+    first.kill()
+    first.wait()
+    assert bash(ws, "echo 3") == "3" and launcher() is not first
+
+
+def test_a_command_leaves_nothing_to_the_next(ws):
+    bash(Workspace(ws.root, env={"SECRET": "1"}, sandbox=ws.sandbox), "cd /; umask 077; export OTHER=1; ulimit -n 100; set -e")
+    assert bash(ws, 'echo "$SECRET$OTHER"; pwd; umask; touch f; stat -c %a f; ulimit -n') == "\n.\n0022\n644\n1024"
+
+
+FORKING = """
+import os, sys
+from pathlib import Path
+from workspace import launched
+from workspace.sandbox import Sandbox
+from workspace.tools import Workspace
+
+ws = Workspace(Path(sys.argv[1]), sandbox=Sandbox(sys.argv[2], namespaces=sys.argv[3] == "True"))
+launcher = lambda: next(process.pid for (pid, _), (_, process) in launched._servers.items() if pid == os.getpid())
+said = lambda text: print(ws.run("Bash", {"command": f"echo {text}"}), launcher(), flush=True)
+said("parent")
+if child := os.fork():
+    os.waitpid(child, 0)
+    said("parent")
+else:
+    said("child")
+    launched.stop()
+    os._exit(0)
+"""
+
+
+def test_a_forked_process_has_its_own_launcher(ws):
+    """In a process of its own: that of the tests has threads."""
+    arguments = [sys.executable, "-c", FORKING, str(ws.root), ws.sandbox.kind, str(ws.sandbox.namespaces)]
+    run = subprocess.run(arguments, capture_output=True, text=True, timeout=60, cwd=Path(__file__).parents[2])
+    (first, before), (child, other), (last, after) = (line.split() for line in run.stdout.splitlines())
+    assert (first, child, last) == ("parent", "child", "parent") and before == after != other
+
+
+def test_commands_of_many_threads_do_not_mix(ws):
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(lambda n: bash(ws, f"sleep 0.0{n % 7}; echo {n}"), range(24))) == [str(n) for n in range(24)]
+
+
 # --- the words stay the same
 
 
 @pytest.mark.parametrize("command", [
     "echo hi; echo err >&2; exit 3", "true", "kill -9 $$", "nosuchcommand", "cat; pwd; echo ~/f", "printf '\\xff'", "ls -la /nothing", "seq 3000",
-    "sleep 9 & echo $TMPDIR", "id -u; umask; touch f; stat -c %u:%a f",
+    "sleep 9 & echo $TMPDIR", "id -u; umask; touch f; stat -c %u:%a f", "env | sort", "ls /proc/self/fd",
 ])  # fmt: skip
 def test_ordinary_commands_give_the_same_bytes_as_without(ws, command):
     bare = Workspace(ws.root, sandbox=Sandbox("none"))
@@ -282,18 +348,16 @@ def test_where_the_kernel_has_landlock_it_confines():
 
 def test_what_cannot_be_confined_is_not_executed(ws, monkeypatch):
     for launcher, words in (("raise SystemExit(3)", "no report"), (LAUNCHER_ELSEWHERE, "no system call numbers for vax")):
-        (ws.root.parent / "launch.py").write_text(launcher)
-        monkeypatch.setattr(module, "LAUNCHER", ws.root.parent / "launch.py")
+        (file := ws.root.parent / f"{words}.py").write_text(launcher)
+        monkeypatch.setattr(module, "LAUNCHER", file)
         assert ws.run("Bash", {"command": "touch ran"}) == f"error: the sandbox failed: {words}"
     assert not (ws.root / "ran").exists()
 
 
 def test_a_sandbox_that_does_not_confine_is_found_out(monkeypatch):
-    monkeypatch.setattr(
-        Sandbox, "wrap", lambda self, argv, *_, report, **__: ["bash", "-c", f'echo exit 0 >&{report}; exec "$@"', "bash", *argv]
-    )
+    monkeypatch.setattr(Sandbox, "wrap", lambda self, argv, *_: ["bash", "-c", 'printf "exit 0" >&3; exec "$@"', "bash", *argv])
     assert Sandbox("landlock").fault() == "does not confine"
-    monkeypatch.setattr(Sandbox, "wrap", lambda self, argv, *_, **__: ["/missing"])
+    monkeypatch.setattr(Sandbox, "wrap", lambda self, argv, *_: ["/missing"])
     assert Sandbox("landlock").fault() == "cannot start: No such file or directory"
 
 
@@ -340,3 +404,35 @@ def test_a_device_in_the_workspace_is_no_file(tmp_path):
     assert ws.run("Read", {"file_path": "zero"}) == "error: zero is not a regular file"
     assert ws.run("Grep", {"pattern": "x", "path": "zero"}) == "error: zero is not a regular file"
     assert ws.run("Edit", {"file_path": "zero", "old_string": "a", "new_string": "b"}) == "error: zero is not a regular file"
+
+
+# --- git's own files
+
+
+def repository(ws):
+    (ws.root / ".git/hooks").mkdir(parents=True)
+    (ws.root / ".git/config").write_text("[core]\n")
+    return Workspace(ws.root, sandbox=ws.sandbox)
+
+
+@pytest.mark.parametrize("command", [
+    "echo x > .git/hooks/pre-commit", "echo x >> .git/config", "rm -rf .git", "mv .git old && mkdir -p .git/hooks", "chmod 777 .git/config",
+    "ln -s .git g; echo x > g/hooks/pre-commit", "umount .git; echo x > .git/config", "echo ../evil > .git/commondir",
+    "mount -o remount,rw .git; echo x > .git/config",
+])  # fmt: skip
+def test_a_repository_that_was_there_is_read_only(ws, command):
+    if ws.sandbox == KINDS["landlock"]:
+        pytest.skip("Landlock alone has no exceptions")
+    ws = repository(ws)
+    before = snapshot(ws.root / ".git")
+    bash(ws, command)
+    assert snapshot(ws.root / ".git") == before
+    assert bash(ws, "cat .git/config; echo x > other; cat other") == "[core]\nx"
+
+
+def test_a_repository_that_a_command_makes_is_its_own_and_one_that_went_away_is_no_error(ws):
+    assert bash(ws, "mkdir .git; echo 1 > .git/config") == "(no output)"
+    assert bash(ws, "echo 2 >> .git/config; cat .git/config") == "1\n2"
+    ws = Workspace(ws.root, sandbox=ws.sandbox)
+    shutil.rmtree(ws.root / ".git")
+    assert bash(ws, "echo hi") == "hi"
