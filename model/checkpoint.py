@@ -9,6 +9,7 @@ import logging
 import os
 import shutil
 import sys
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
@@ -27,6 +28,7 @@ from soul.template import Template
 
 MANIFEST = "manifest.json"
 FULL = ("No space left", "Disk quota", "File too large", "disk is full")  # how TensorStore's ValueError spells a full disk
+UNAWAITED = "coroutine 'async_serialize"  # Orbax leaves the other fragments of a failed write so, to be collected at any later time
 
 logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs a dozen lines for every save, and tracebacks of what it raises as well
 
@@ -156,6 +158,7 @@ class Saver:
 @cache
 def _hush() -> None:
     """Keep quiet, once for the process, what TensorStore's other writes say to a loop that Orbax closed after the first one failed."""
+    warnings.filterwarnings("ignore", UNAWAITED, RuntimeWarning)
     logging.getLogger("asyncio").addFilter(lambda record: "orbax" not in record.getMessage())
     show = sys.unraisablehook
     sys.unraisablehook = lambda it: None if "Event loop is closed" in str(it.exc_value) else show(it)

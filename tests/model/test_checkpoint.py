@@ -152,7 +152,6 @@ def test_what_a_killed_save_left_is_named_and_then_removed(tmp_path, capsys):
     assert names(tmp_path) == ["1", "2"]
 
 
-@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")  # Orbax's other fragments, once one has failed
 def test_a_full_disk_leaves_the_last_good_step(tmp_path, caplog):
     """A limit on the size of files stops a write on its way, as a quota does, and needs no right to mount."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
