@@ -14,6 +14,7 @@ from pathlib import Path
 
 from soul.errors import UserError
 from soul.files import disk_error, read_json, read_text, write_json
+from soul.machine import suit_malloc
 from soul.settings import config_from_json, config_to_json
 
 COMMANDS = {  # name: (module, help)
@@ -44,14 +45,9 @@ USES_MODEL = ("quickstart", "generate", "plan", "seeds", "rollouts", "convert", 
 
 
 def entry() -> int:
-    """The console script: `main` in a process whose malloc asks the kernel for huge pages.
-
-    XLA's CPU client allocates a step's temporaries anew each time, and 4 KB page faults cost a fifth of a training step:
-    282 tokens/s without, 336 with (135M, 4 × 256, 2 Zen 4 cores, see docs/log.md). glibc reads the setting only at start.
-    """
-    if sys.platform == "linux" and len(sys.argv) > 1 and sys.argv[1] in USES_MODEL and "GLIBC_TUNABLES" not in os.environ:
-        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1"
-        os.execv(sys.executable, sys.orig_argv)
+    """The console script: `main`, in a process whose malloc suits XLA's CPU client (see soul/machine.py) where a model runs."""
+    if len(sys.argv) > 1 and sys.argv[1] in USES_MODEL:
+        suit_malloc()
     return main()
 
 

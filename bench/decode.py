@@ -1,6 +1,6 @@
 """How fast the sampler generates and reads prompts here.
 
-    GLIBC_TUNABLES=glibc.malloc.hugetlb=1 .venv/bin/python bench/decode.py [--batches 4 16 32] [--prompt 129] [--new 96]
+    .venv/bin/python bench/decode.py [--batches 4 16 32] [--prompt 129] [--new 96]
 
 The weights are random in the shape of SmolLM2-135M: time does not depend on their values. Every row runs to the end.
 A batch of 4 is what one conversation uses: `alone` is then the speed that one reader sees.
@@ -21,6 +21,7 @@ import tyro
 from model.config import ModelConfig
 from model.sampler import Request, Sampler
 from model.transformer import Decoder
+from soul.machine import suit_malloc
 
 
 @dataclass(frozen=True)
@@ -65,4 +66,5 @@ def main(config: Config) -> int:
 
 
 if __name__ == "__main__":
+    suit_malloc()  # as the soulsmith command does
     sys.exit(main(tyro.cli(Config)))

@@ -20,9 +20,6 @@ from pathlib import Path
 from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:  # as the soulsmith command does
-    os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1"
-    os.execv(sys.executable, sys.orig_argv)
 
 import jax
 import numpy as np
@@ -32,6 +29,7 @@ from flax import nnx
 from model import ops
 from model.config import ModelConfig
 from model.transformer import Decoder
+from soul.machine import suit_malloc
 from training import depth as dials
 from training import losses
 from training.data import Example, Packed, Pair
@@ -148,4 +146,5 @@ def main(config: Config) -> int:
 
 
 if __name__ == "__main__":
+    suit_malloc()  # as the soulsmith command does
     sys.exit(main(tyro.cli(Config)))

@@ -24,6 +24,7 @@ from datagen.teachers import FREE, SERVERS, HttpTeacher, Provider
 from soul.console import console, plain
 from soul.errors import UserError
 from soul.files import disk_error
+from soul.machine import TUNABLES
 
 GRACE = 10.0  # seconds between SIGTERM and SIGKILL
 SAY = 30.0  # seconds between words about a server that is still loading
@@ -119,8 +120,8 @@ class VllmTeacher(HttpTeacher):
         command += [*where, "--host", "127.0.0.1", "--port", str(self._port), "--served-model-name", self.name,
                     "--max-model-len", str(self._serve.max_len or "auto"),
                     "--enable-prefix-caching", "--disable-uvicorn-access-log", *shlex.split(self._serve.args)]  # fmt: skip
-        # keys of services are not its business, and VLLM_API_KEY would make it ask for one
-        environment = {name: value for name, value in os.environ.items() if not name.endswith("_API_KEY")}
+        # keys of services are not its business, VLLM_API_KEY would make it ask for one, and our malloc settings are for XLA
+        environment = {name: value for name, value in os.environ.items() if not name.endswith("_API_KEY") and name != TUNABLES}
         environment |= {"VLLM_NO_USAGE_STATS": "1"}
         try:
             self._log.parent.mkdir(parents=True, exist_ok=True)

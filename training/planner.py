@@ -4,7 +4,6 @@ Real steps of the real width, vocabulary and batch are run with 4 and 8 layers, 
 are extrapolated in the number of layers. The assumption is that every layer costs the same and that the rest is in both probes alike.
 """
 
-import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -29,6 +28,7 @@ from model.transformer import Decoder, param_table
 from soul.console import output, progress
 from soul.errors import UserError
 from soul.files import read_json, write_json
+from soul.machine import free_memory, resident
 from soul.settings import config_from_json
 from soul.template import SPECIAL_TOKENS, Template
 from training import bpb, dpo, losses, pretrain, sft
@@ -351,31 +351,9 @@ def peak_flops(compute: str, clock: Callable[[], float], n: int = 1024) -> float
 
 
 def available() -> int:
-    """Bytes that could be taken now: of the accelerator, or of the host and of every control group that this process is in."""
-    if stats := jax.devices()[0].memory_stats():
-        return stats["bytes_limit"]
-    if not Path("/proc/meminfo").exists():
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") - resident()
-    free = [1024 * int(line.split()[1]) for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable:")]
-    return min(free + [room for line in Path("/proc/self/cgroup").read_text().splitlines() for room in group_room(line)])
-
-
-def group_room(line: str, root: Path = Path("/sys/fs/cgroup")) -> list[int]:
-    """Free bytes of the memory groups on one line of /proc/self/cgroup (version 2, or 1 where it names `memory`), from the leaf up."""
-    _, kinds, path = line.split(":", 2)
-    if kinds not in ("", "memory"):
-        return []
-    top, names = root / kinds, ("memory.limit_in_bytes", "memory.usage_in_bytes") if kinds else ("memory.max", "memory.current")
-    leaf = top / path.strip("/")  # in a container the path may be the host's and not be there: its top stands for it
-    files = [[group / name for name in names] for group in (leaf, *leaf.parents) if group.is_relative_to(top)]
-    texts = [[file.read_text().strip() for file in pair_] for pair_ in files if all(file.exists() for file in pair_)]
-    return [int(most) - int(used) for most, used in texts if most.isdigit()]
-
-
-def resident() -> int:
-    """Bytes of this process that are in memory now; 0 where the system does not say."""
-    statm = Path("/proc/self/statm")
-    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0
+    """Bytes that could be taken now: of the accelerator, or of the host."""
+    stats = jax.devices()[0].memory_stats()
+    return stats["bytes_limit"] if stats else free_memory()
 
 
 def table(plans: list[Plan], peak: float) -> Table:

@@ -1,7 +1,6 @@
 import json
 from dataclasses import replace
 from itertools import count
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -12,7 +11,7 @@ from soul.errors import UserError
 from soul.files import read_json
 from soul.rows import write_rows
 from training import planner
-from training.planner import Config, Probe, extrapolate, flops_per_token, group_room, items_of, measure, settings, stages
+from training.planner import Config, Probe, extrapolate, flops_per_token, items_of, measure, settings, stages
 
 TINY = dict(length=64, batch_rows=2)
 
@@ -173,25 +172,6 @@ def test_adapters_need_less_than_all_weights(run, model):
     whole, adapters = stage(model), stages(Config(out=run, model=model, stages=("sft",), **TINY))[0]
     full, low = (Probe(s, 2).memory(s.batch(2)[0]) for s in (whole, adapters))
     assert low[1] < full[1] / 2 and low[0] < 0.7 * full[0]
-
-
-def test_control_groups(tmp_path):
-    (tmp_path / "a" / "b").mkdir(parents=True)
-    for place, most, used in (("a/b", "max", "5"), ("a", "100", "30"), ("", "1000", "10")):
-        (tmp_path / place / "memory.max").write_text(most + "\n")
-        (tmp_path / place / "memory.current").write_text(used + "\n")
-    assert group_room("0::/a/b", tmp_path) == [70, 990]
-    assert group_room("0::/not/here", tmp_path) == [990]  # seen from inside a container
-    (tmp_path / "memory" / "x").mkdir(parents=True)
-    (tmp_path / "memory" / "x" / "memory.limit_in_bytes").write_text("64\n")
-    (tmp_path / "memory" / "x" / "memory.usage_in_bytes").write_text("4\n")
-    assert group_room("4:memory:/x", tmp_path) == [60]
-    assert group_room("8:pids:/x", tmp_path) == []
-
-
-def test_available_memory_is_less_than_the_machine_has():
-    total = int(next(line.split()[1] for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemTotal"))) * 1024
-    assert 0 < planner.available() <= total and 0 < planner.resident() < total
 
 
 def test_known_accelerators_have_their_published_peak(monkeypatch):
