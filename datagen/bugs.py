@@ -25,6 +25,7 @@ from datagen.tasks import Pool, Step, Task, edit_step, place, read_step
 from workspace.sandbox import Sandbox
 from workspace.tools import make_workspace
 
+NO_SANDBOX = "no sandbox to prove a fix in"
 MAX_FUNCTIONS, MAX_MUTANTS, MAX_CALLS, MAX_VALUE = 300, 24, 25, 36
 NUMBERS = ("0", "1", "2", "3", "7", "10", "12", "31", "64", "100", "1900", "2024")
 STRINGS = ("''", "'a'", "'b'", "'abc'", "'Hello'", "'hello world'", "'a,b'", "'x=1'", "'42'", "'a/b.txt'", "'<b>'", "'A'")
@@ -87,7 +88,7 @@ def mutants(function: Function) -> list[Change]:
 def proven(functions: list[Function]) -> list[Bug]:
     """The bugs that show, none where the functions can't be run. Raises Unsuitable without a sandbox."""
     if Sandbox.detect().kind == "none":
-        raise Unsuitable("no sandbox to prove a fix in")
+        raise Unsuitable(NO_SANDBOX)
     chosen = [(function, calls_for(function), mutants(function)) for function in functions[:MAX_FUNCTIONS]]
     cases, files = [], {"probe.py": Path(__file__).with_name("probe.py").read_text(encoding="utf-8")}
     for number, (function, calls, found) in enumerate(chosen):

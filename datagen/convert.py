@@ -19,6 +19,7 @@ from typing import Annotated
 from tyro.conf import FlagCreatePairsOff, Suppress
 
 from datagen import remarks
+from datagen.bugs import NO_SANDBOX
 from datagen.card import calls_made
 from datagen.code_changes import Unsuitable
 from datagen.code_seeds import Function, read_code, split
@@ -37,7 +38,7 @@ from soul.conversation import assistant, tool_call
 from soul.errors import UserError
 from soul.files import write_atomic, write_json
 from soul.spec import Soul, check_table, load_soul
-from workspace.tools import require_sandbox
+from workspace.tools import Sandbox, require_sandbox
 
 CHUNK = 32
 DRAWS = 8
@@ -139,9 +140,9 @@ class Builder(Maker):
 class Converter(Maker):
     """The rollout of a row of a data set."""
 
-    def __init__(self, soul: Soul, project: Project, mixture: Mixture, seed: int, most: int):
+    def __init__(self, soul: Soul, project: Project, mixture: Mixture, seed: int, most: int, name: str):
         super().__init__(soul, seed, most)
-        self.project, self.mixture = project, mixture
+        self.project, self.mixture, self.name = project, mixture, name
         self.checks = frozenset(call.name for principle in soul.principles for call in principle.checks)
 
     def admits(self, code: str) -> bool:
@@ -157,8 +158,7 @@ class Converter(Maker):
                 kind = task.kind
                 if rng.random() < mixture.mistakes:
                     task = with_mistake(rng, task, mixture.tools, self.checks)
-                name = f"{item.source.partition(':')[0].rpartition('/')[2]}-{self.seed}-{item.index}"
-                return task.kind, "", *self.rows(name, f"dataset:{task.source}", task, rng, contrasted)
+                return task.kind, "", *self.rows(f"{self.name}-{self.seed}-{item.index}", f"dataset:{task.source}", task, rng, contrasted)
             except (Unsuitable, RecursionError) as dropped:
                 reason = str(dropped) if isinstance(dropped, Unsuitable) else "the code is nested too deeply"
                 if reason in (NO_PYTHON, FOREIGN):
@@ -208,13 +208,21 @@ def build_rollouts(
 
 
 def convert_rows(
-    soul: Soul, items: Iterable[Item], n: int, seed: int = 0, workers: int = 1, on_row=None, most: int = MAX_DATASET_CHARS, mixture=None
+    soul: Soul,
+    items: Iterable[Item],
+    n: int,
+    seed: int = 0,
+    workers: int = 1,
+    on_row=None,
+    most: int = MAX_DATASET_CHARS,
+    mixture=None,
+    name: str = "row",
 ) -> tuple[list[dict], list[dict], dict]:
-    """Like `build_rollouts`, one attempt per row of a data set, in its order; with n = 0 all of them."""
+    """Like `build_rollouts`, one attempt per row of a data set, in its order; with n = 0 all of them. Ids begin with `name`."""
     items = iter(items)
     first = list(islice(items, READ_AHEAD))
     mixture = mixture or Mixture(frozenset(soul.tools))
-    args = (soul, small_project(first), mixture, seed, most)
+    args = (soul, small_project(first), mixture, seed, most, name)
     return collect(attempts(Converter, args, chain(first, items), workers), n, on_row)
 
 
@@ -321,9 +329,12 @@ def from_code(config: Config, soul: Soul, workers: int, on_row) -> tuple[str, li
 
 def from_datasets(config: Config, soul: Soul, workers: int, on_row) -> tuple[str, list[dict], list[dict], dict]:
     mixture = Mixture(frozenset(soul.tools), config.bash, config.run, config.mistakes)
-    done, pairs, parts = [], [], {}
+    done, pairs, parts, names = [], [], {}, Counter()
     for name in config.dataset:
-        made = convert_rows(soul, read_items(name, config.columns), config.n, config.seed, workers, on_row, config.most, mixture)
+        names[stem := Path(name).stem] += 1
+        stem += f"-{names[stem]}" * (names[stem] > 1)  # train.parquet of two folders
+        items = read_items(name, config.columns)
+        made = convert_rows(soul, items, config.n, config.seed, workers, on_row, config.most, mixture, stem)
         done, pairs, parts[name] = done + made[0], pairs + made[1], made[2]
     stats = counts(done, pairs) | {
         "wanted": config.n,
@@ -370,6 +381,8 @@ def main(config: Config) -> int:
         write(config.out, soul, source, rollouts, pairs, stats | counts(rollouts, pairs) | told)
         dropped = sum(stats["dropped"].values())
         stdout.print(plain(f"{len(rollouts)} rollouts, {len(pairs)} pairs, {dropped} dropped: {config.out}/data/rollouts.md"))
+        if any(NO_SANDBOX in reason for reason in stats["dropped"]):
+            stdout.print(plain(f"no fix_… rollouts: {NO_SANDBOX} ({Sandbox.detect().why})"))
 
     if session:
         return remarks.speak(session, rollouts, pairs, finish)

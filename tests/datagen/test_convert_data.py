@@ -12,7 +12,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from datagen import convert, mistakes
+from datagen import bugs, convert, from_code, mistakes
 from datagen.code_changes import Unsuitable
 from datagen.convert import Config, convert_rows, main
 from datagen.edits import enclosing, hunks, occurrences, subject, task_of
@@ -34,7 +34,7 @@ from datagen.rollouts import ABOUT_CALLS, WRONG_CALLS, execute, perform, scratch
 from soul import conversation, rows
 from soul.errors import UserError
 from soul.spec import load_soul, parse_soul, run_checks
-from workspace.tools import REJECTED
+from workspace.tools import REJECTED, Sandbox
 
 TOOLS = frozenset({"Read", "Edit", "Grep", "Bash"})
 VERBS = ("sort", "count", "merge", "filter", "reverse", "sum", "join", "split", "check", "find")
@@ -333,6 +333,24 @@ def test_the_command_reads_files_by_their_columns(tmp_path):
         main(Config(out=tmp_path / "run", dataset=(str(data),), n=10))
     with pytest.raises(UserError, match="no column 'b'"):
         main(Config(out=tmp_path / "run", dataset=(str(data),), columns=Columns("q", response="b"), n=10))
+
+
+def test_rows_of_two_files_of_one_name_have_names_of_their_own(tmp_path):
+    files = [tmp_path / part / "train.jsonl" for part in "ab"]
+    for file in files:
+        file.parent.mkdir()
+        file.write_text("".join(json.dumps({"prompt": i.request, "response": i.response}) + "\n" for i in items() if i.response))
+    assert main(Config(out=tmp_path / "run", dataset=tuple(map(str, files)), n=5)) == 0
+    done = rows.read_rows(tmp_path / "run/data/rollouts.parquet")
+    assert len({row["id"] for row in done}) == len(done) == 10
+    assert {row["id"].rpartition("-0-")[0] for row in done} == {"train", "train-2"}
+
+
+def test_the_command_says_what_it_cannot_make_without_a_sandbox(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Sandbox, "detect", staticmethod(lambda: Sandbox("none", why="no Landlock here")))
+    monkeypatch.setattr("datagen.convert.KINDS", {bugs.fix: (1, set()), from_code.find: (1, set())})
+    assert main(Config(out=tmp_path / "run", n=5)) == 0
+    assert "no fix_… rollouts: no sandbox to prove a fix in (no Landlock here)" in capsys.readouterr().out.replace("\n", " ")
 
 
 def test_presets_know_conversations_and_edits(tmp_path):
