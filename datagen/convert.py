@@ -331,7 +331,7 @@ def from_datasets(config: Config, soul: Soul, workers: int, on_row) -> tuple[str
     mixture = Mixture(frozenset(soul.tools), config.bash, config.run, config.mistakes)
     done, pairs, parts, names = [], [], {}, Counter()
     for name in config.dataset:
-        names[stem := Path(name).stem] += 1
+        names[stem := Path(name).name.partition(".")[0]] += 1
         stem += f"-{names[stem]}" * (names[stem] > 1)  # train.parquet of two folders
         items = read_items(name, config.columns)
         made = convert_rows(soul, items, config.n, config.seed, workers, on_row, config.most, mixture, stem)

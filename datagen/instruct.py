@@ -19,7 +19,7 @@ from pathlib import Path
 from datagen.code_changes import Unsuitable
 from datagen.code_seeds import HARMLESS, parse
 from datagen.phrases import PHRASES, VERBS, fill, pick
-from datagen.seeds import read_rows
+from datagen.seeds import READERS, read_rows, suffix
 from datagen.tasks import Step, Task, edit_step, quoted_name, read_step
 from soul.errors import UserError
 from soul.prose import fences
@@ -115,7 +115,7 @@ Project = Sequence[tuple[str, str]]  # (name, text) of small files that can lie 
 
 def read_items(dataset: str, given: Columns) -> Iterator[Item]:
     """The rows of a file, a folder, or a data set on the Hub. Raises UserError for one whose columns are not known."""
-    local, columns = Path(dataset).exists() or Path(dataset).suffix in (".json", ".jsonl", ".ndjson", ".parquet"), given
+    local, columns = Path(dataset).exists() or suffix(Path(dataset)) in READERS, given
     for index, (where, row) in enumerate(read_rows(dataset if local else f"hf:{dataset}")):
         if not isinstance(row, dict):
             raise UserError(f"a row must be an object, not {type(row).__name__}", where=where)
@@ -123,7 +123,7 @@ def read_items(dataset: str, given: Columns) -> Iterator[Item]:
             columns = columns_of(dataset, row, given)
         texts = [text_of(row.get(getattr(columns, name))) for name in ("instruction", "input", "response", "before", "after")]
         path, symbol, origin = (str(row.get(column) or "") if column else "" for column in (columns.path, columns.symbol, columns.origin))
-        source = ":".join(part for part in (Path(dataset).stem if local else dataset, origin.split(",")[0]) if part)
+        source = ":".join(part for part in (Path(dataset).name.partition(".")[0] if local else dataset, origin.split(",")[0]) if part)
         yield Item(index, source, *texts, path, symbol)
 
 

@@ -4,7 +4,9 @@ A row has `messages` (a conversation; trailing assistant turns are dropped), or 
 an optional `input`. A row's id is the hash of its messages, so reordering or appending seeds recomputes nothing.
 """
 
+import gzip
 import json
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -28,7 +30,7 @@ class Seed:
 
 
 def read_seeds(path: str | Path, limit: int | None = None) -> Iterator[Seed]:
-    """Stream the seeds of a .jsonl, .parquet or .txt file, of all such files in a folder, or of `hf:NAME[:SPLIT]`.
+    """Stream the seeds of a .jsonl, .jsonl.gz, .parquet or .txt file, of all such files in a folder, or of `hf:NAME[:SPLIT]`.
 
     Raises:
         UserError: naming file and line (or row) of the first row that cannot be used.
@@ -42,14 +44,19 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, object]]:
     if str(path).startswith("hf:"):
         yield from _hugging_face(str(path)[3:])
         return
-    path, readers = Path(path), {".jsonl": _jsonl, ".json": _json, ".ndjson": _jsonl, ".parquet": _parquet, ".txt": _text}
+    path = Path(path)
     if not path.exists():
         raise UserError("no such file", where=path)
-    files = [file for file in (sorted(path.rglob("*")) if path.is_dir() else [path]) if file.suffix in readers and not file.is_dir()]
+    files = [file for file in (sorted(path.rglob("*")) if path.is_dir() else [path]) if suffix(file) in READERS and not file.is_dir()]
     if not files:
-        raise UserError(f"{'a folder of seeds holds' if path.is_dir() else 'seeds must be'} one of {', '.join(readers)}", where=path)
+        raise UserError(f"{'a folder of seeds holds' if path.is_dir() else 'seeds must be'} one of {', '.join(READERS)}", where=path)
     for file in files:
-        yield from readers[file.suffix](file)
+        yield from READERS[suffix(file)](file)
+
+
+def suffix(path: Path) -> str:
+    """The end of the name that tells what the file is; two parts of one that is compressed."""
+    return "".join(path.suffixes[-2:]) if path.suffix == ".gz" else path.suffix
 
 
 def aims(source: str) -> list[str]:
@@ -110,7 +117,7 @@ def _json(path: Path) -> Iterator[tuple[str, object]]:
 def _text(path: Path) -> Iterator[tuple[str, dict]]:
     """Lines that are not blank, stripped, as prompts. Split on \\n only: U+2028 and friends are legal inside JSON strings."""
     try:
-        with open(path, "rb") as file:
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 if b"\0" in line:
                     raise UserError("is a binary file, not text", where=path)
@@ -118,6 +125,8 @@ def _text(path: Path) -> Iterator[tuple[str, dict]]:
                     yield f"{path}:{number}", {"prompt": text}
     except UnicodeDecodeError:
         raise UserError("is not UTF-8 text", where=f"{path}:{number}", fix="Save the file as UTF-8.") from None
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"is not a whole gzip file ({error})", where=path) from None
     except OSError as error:
         raise disk_error(error, path) from error
 
@@ -148,3 +157,6 @@ def _hugging_face(name: str) -> Iterator[tuple[str, object]]:
         raise UserError(
             f"cannot be read: {why}", where=where, fix="A folder of .parquet or .jsonl files works without a network."
         ) from None
+
+
+READERS = {".jsonl": _jsonl, ".jsonl.gz": _jsonl, ".json": _json, ".ndjson": _jsonl, ".parquet": _parquet, ".txt": _text}

@@ -1,5 +1,6 @@
 """Where seeds come from, and seeds that a teacher writes."""
 
+import gzip
 import json
 import sys
 import zlib
@@ -187,3 +188,13 @@ def test_reading_plain_seeds_does_not_import_the_data_set_library(tmp_path):
     before = set(sys.modules)
     prompts(tmp_path / "a.txt")
     assert "datasets" not in set(sys.modules) - before
+
+
+def test_compressed_lines_are_read_and_a_torn_file_is_named(tmp_path):
+    whole = gzip.compress(b'{"prompt": "a"}\n{"prompt": "b"}\n')
+    (tmp_path / "seeds.jsonl.gz").write_bytes(whole)
+    assert [seed.messages[0]["content"] for seed in read_seeds(tmp_path)] == ["a", "b"]
+    for torn in (whole[:-9], whole[:15], b"not gzip", whole[:12] + b"\xff\xff" + whole[14:]):
+        (tmp_path / "seeds.jsonl.gz").write_bytes(torn)
+        with pytest.raises(UserError, match=r"seeds.jsonl.gz: is not a whole gzip file|is not JSON|UTF-8"):
+            list(read_seeds(tmp_path))
