@@ -1,11 +1,12 @@
 """The host's memory: how much of it there is to take, and what malloc is told to do with it. Imports nothing heavy: it runs before JAX does."""
 
 import os
+import re
 import sys
 from pathlib import Path
 
 TUNABLES = "GLIBC_TUNABLES"
-KEPT = 8  # malloc keeps freed blocks of up to this share of the free memory
+KEPT, LEAST = 8, 32 << 20  # malloc keeps freed blocks of up to an eighth of the free memory, but never less than glibc by itself
 
 
 def malloc_settings() -> str:
@@ -16,7 +17,7 @@ def malloc_settings() -> str:
     again: depth 6 trains in 3.2 instead of 3.5 s a step and DPO in 6.4 instead of 7.4, for a peak of 2.2 instead of 1.3 and 8.2 instead of 7.5 GB.
     So only blocks of up to an eighth of the memory are kept. See docs/log.md.
     """
-    kept = free_memory() // KEPT
+    kept = max(free_memory() // KEPT, LEAST)
     return f"glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1:glibc.malloc.mmap_threshold={kept}:glibc.malloc.trim_threshold={kept}"
 
 
@@ -42,9 +43,11 @@ def group_room(line: str, root: Path = Path("/sys/fs/cgroup")) -> list[int]:
         return []
     top, names = root / kinds, ("memory.limit_in_bytes", "memory.usage_in_bytes") if kinds else ("memory.max", "memory.current")
     leaf = top / path.strip("/")  # in a container the path may be the host's and not be there: its top stands for it
-    files = [[group / name for name in names] for group in (leaf, *leaf.parents) if group.is_relative_to(top)]
-    texts = [[file.read_text().strip() for file in pair_] for pair_ in files if all(file.exists() for file in pair_)]
-    return [int(most) - int(used) for most, used in texts if most.isdigit()]
+    files = [[group / name for name in (*names, "memory.stat")] for group in (leaf, *leaf.parents) if group.is_relative_to(top)]
+    texts = [[file.read_text().strip() for file in group] for group in files if all(file.exists() for file in group)]
+    # cached files count as used, but the kernel drops those that are idle before it refuses memory
+    idle = re.compile(rf"^{'total_' if kinds else ''}inactive_file (\d+)", re.M)
+    return [int(most) - int(used) + sum(map(int, idle.findall(stat))) for most, used, stat in texts if most.isdigit()]
 
 
 def resident() -> int:

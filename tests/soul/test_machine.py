@@ -16,12 +16,16 @@ def test_control_groups(tmp_path):
     for place, most, used in (("a/b", "max", "5"), ("a", "100", "30"), ("", "1000", "10")):
         (tmp_path / place / "memory.max").write_text(most + "\n")
         (tmp_path / place / "memory.current").write_text(used + "\n")
+        (tmp_path / place / "memory.stat").write_text("anon 1\ninactive_file 0\n")
     assert group_room("0::/a/b", tmp_path) == [70, 990]
     assert group_room("0::/not/here", tmp_path) == [990]  # seen from inside a container
+    (tmp_path / "memory.stat").write_text("file 9\ninactive_file 7\nactive_file 2\n")
+    assert group_room("0::/", tmp_path) == [997]  # what is cached but idle is as good as free
     (tmp_path / "memory" / "x").mkdir(parents=True)
     (tmp_path / "memory" / "x" / "memory.limit_in_bytes").write_text("64\n")
     (tmp_path / "memory" / "x" / "memory.usage_in_bytes").write_text("4\n")
-    assert group_room("4:memory:/x", tmp_path) == [60]
+    (tmp_path / "memory" / "x" / "memory.stat").write_text("inactive_file 50\ntotal_inactive_file 1\n")
+    assert group_room("4:memory:/x", tmp_path) == [61]
     assert group_room("8:pids:/x", tmp_path) == []
 
 
@@ -34,6 +38,8 @@ def test_malloc_keeps_blocks_of_up_to_an_eighth_of_the_free_memory(monkeypatch):
     monkeypatch.setattr(machine, "free_memory", lambda: 16_000_000_000)
     settings = dict(part.rsplit("=", 1) for part in malloc_settings().split(":"))
     assert settings["glibc.malloc.mmap_threshold"] == settings["glibc.malloc.trim_threshold"] == "2000000000"
+    monkeypatch.setattr(machine, "free_memory", lambda: 1000)
+    assert malloc_settings().endswith(f"={32 << 20}")  # 0 would have every small block mapped by itself
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's")
