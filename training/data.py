@@ -6,7 +6,7 @@ stays inside a segment, so a packed row gives the same loss and gradients as its
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -77,6 +77,16 @@ def pair(template: Template, row: dict) -> Pair:
             raise UserError(f"the {name} branch does not begin with the prompt's tokens", where=f"row {row['id']}")
         branches.append(Example(branch.ids, np.where(np.arange(len(branch)) < len(prompt), 0, branch.mask), branch.row))
     return Pair(*branches, len(prompt))
+
+
+def unframed(template: Template, item: Pair) -> Pair:
+    """The pair with no weight on control tokens of its rejected branch: it is rejected for its words, and its calls and ends are well formed.
+
+    Against a call that was not needed, plain DPO unlearns how a call ends (`docs/preference.md`).
+    """
+    rejected = item.rejected
+    words = ~np.isin(rejected.ids, list(template.id.values()))
+    return replace(item, rejected=replace(rejected, mask=rejected.mask * words))
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:

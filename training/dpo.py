@@ -16,7 +16,7 @@ from soul.errors import UserError
 from soul.files import sha256_json, write_atomic
 from soul.template import Template
 from training import preflight
-from training.data import Packed, Pair, load_rows, pair
+from training.data import Packed, Pair, load_rows, pair, unframed
 from training.fit import Eval, TrainState, read_metrics
 from training.ledger import Sights, displacement, ledger, report, slots
 from training.lora import Trained, trained
@@ -51,6 +51,8 @@ class Config:
     """simpo's target margin; without one, β/2."""
     nll: float = 0.0
     """Weight of the chosen branch's mean NLL beside the preference loss: keeps its likelihood from falling."""
+    frame: bool = False
+    """Also hold the control tokens of rejected replies (starts and ends of calls and turns) against them, as plain DPO does."""
     guard: Literal["warn", "stop"] = "warn"
     """What to do when chosen replies grow less likely while accuracy rises."""
     validation: float = 0.05
@@ -74,13 +76,14 @@ def main(config: Config) -> int:
     items = [pair(this.template, row) for row in rows]
     for item in items:
         preflight.check_pair(this.template, item, this.vocab_size)
+    items = items if config.frame else [unframed(this.template, item) for item in items]
     packed, held = packs(items, config)
     steps = this.steps(packed)
     preflight.summary(packed, this.template, "DPO", steps)
     if config.preflight:
         console.print("nothing is wrong; nothing was trained (--preflight)")
         return 0
-    settings = asdict(preference) | {"lora": config.lora, "held": data_hash(held) if held else ""}
+    settings = asdict(preference) | {"lora": config.lora, "frame": config.frame, "held": data_hash(held) if held else ""}
     part = trained(this.loaded.model, config.lora, sorted(this.template.id.values()), config.train.seed)
     run = Run(part, preference, packed, held, this.directory, steps * config.train.accumulate, this.layout)
     run.prepare(identity_of(this, packed, settings))

@@ -15,7 +15,7 @@ from soul import conversation as c
 from soul.errors import UserError
 from soul.rows import write_rows
 from training import dpo, losses
-from training.data import Packed, Pair, pair
+from training.data import Packed, Pair, pair, unframed
 from training.fit import read_evals, read_metrics
 from training.ledger import Sights, displacement, ledger, slots
 from training.mesh import ONE_DEVICE
@@ -59,6 +59,27 @@ def test_every_loss_has_a_pulse_and_starts_where_it_must(base, tmp_path, kind):
     assert sorted(entry["id"] for entry in found) == [f"p{i}" for i in range(9)]
     assert {entry["class"] for entry in found} <= {"learned", "length-biased"} and all(entry["sights"] == 3 for entry in found)
     assert all(entry["first"] < entry["last"] for entry in found)
+
+
+def test_a_rejected_reply_is_not_rejected_for_its_frame(base, tmp_path):
+    call = [c.assistant("i look.", c.tool_call("Grep", pattern="def f"))]
+    row = {"id": "p", "prompt": [c.user("where is f?")], "chosen": call, "rejected": call}
+    whole = pair(TEMPLATE, row)
+    item, frame = unframed(TEMPLATE, whole), np.isin(whole.rejected.ids, list(TEMPLATE.id.values()))
+    assert (
+        item.chosen is whole.chosen and frame[whole.rejected.mask > 0].sum() == 5
+    )  # call, its argument, its value, its end; the turn's end
+    assert (
+        np.array_equal(item.rejected.mask, np.where(frame, 0, whole.rejected.mask))
+        and item.rejected.mask.dtype == whole.rejected.mask.dtype
+    )
+    counts = {}
+    for name in (False, True):
+        assert dpo.main(config(base, tmp_path / str(name), frame=name)) == 0
+        counts[name] = [
+            (line["chosen_length"], line["rejected_length"]) for line in read_metrics(tmp_path / str(name) / "dpo/metrics.jsonl")
+        ]
+    assert all(plain[0] == here[0] and plain[1] == here[1] + 1 for here, plain in zip(counts[False], counts[True], strict=True))
 
 
 def test_held_out_pairs_are_scored_before_and_after_and_never_trained_on(base, tmp_path):
