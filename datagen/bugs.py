@@ -131,7 +131,8 @@ def bugs_in(function: Function, families: list[list[str]], found: list[Change], 
 
 
 def presentable(value: str) -> bool:
-    return value not in ("", "None") and value[0] != "!" and len(value) <= MAX_VALUE and not re.search(r"\\|^' | '$|\.\d{6}", value)
+    """Whether people would write it; text in brackets is a list that was taken for text."""
+    return len(value) <= MAX_VALUE and not re.search(r"^(None|''|!.*)?$|\\|^' | '$|^['\"]\[|\.\d{6}", value)
 
 
 # ---- the task

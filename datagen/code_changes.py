@@ -10,7 +10,7 @@ from itertools import pairwise
 from datagen.code_seeds import parse
 
 STALE = ("Do something.", "To be written.", "Helper.", "See the manual.", "Old version.", "Work in progress.", "Placeholder.")
-NEW_NAMES = ("{}_value", "{}_item", "do_{}", "my_{}", "{}_all", "{}_fast", "safe_{}", "{}2", "{}_from")
+NEW_NAMES = ("_{}", "{}_impl", "old_{}", "legacy_{}", "{}_v2", "base_{}", "simple_{}", "raw_{}")
 # right -> wrong; read from the left, so each right side must not be a part of another match on its line
 MUTATIONS = (
     ("==", "!="), ("!=", "=="), ("<=", ">="), (">=", "<="), (" < ", " > "), (" > ", " < "), (" + ", " - "), (" - ", " + "), (" * ", " + "),
@@ -53,18 +53,18 @@ def change(rng: random.Random, code: str, name: str, doc: str) -> Change:
 def rename(rng: random.Random, code: str, name: str, _: str) -> Change:
     if len(re.findall(rf"\b{name}\b", code)) != 1:
         raise Unsuitable("function calls itself")
-    head, new = code.split("\n", 1)[0], rng.choice(NEW_NAMES).format(name)
+    head, new = code.split("\n", 1)[0], re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()  # camelCase
+    new = rng.choice(NEW_NAMES).format(name) if new in code else new
     return Change("rename", code, head, head.replace(f"def {name}(", f"def {new}("), {"new": new}, f"def {new}")
 
 
 def default(rng: random.Random, code: str, *_: str) -> Change:
     head = code.split("\n", 1)[0]
-    choices = re.findall(r"\b(\w+)=(None|True|False|\d+|'\w+')(?=[,)])", head)
+    choices = re.findall(r"\b(\w+)=(True|False|\d+)(?=[,)])", head)
     if not choices:
         raise Unsuitable("no constant default")
     arg, old = rng.choice(choices)
-    new = {"True": "False", "False": "True", "None": rng.choice(["0", "False"])}.get(old)
-    new = new or (str(int(old) + rng.randint(1, 9)) if old.isdigit() else "None")
+    new = {"True": "False", "False": "True"}.get(old) or str(int(old) + (10 if int(old) > 9 else 1))
     line = re.sub(rf"\b{arg}={re.escape(old)}(?=[,)])", f"{arg}={new}", head, count=1)
     return Change("default", code, head, line, {"arg": arg, "old": old, "new": new}, f"{arg}={new}")
 
@@ -81,7 +81,10 @@ def off_by_one(rng: random.Random, code: str, *_: str) -> Change:
 def mutated(rng: random.Random, code: str, wording: str, mutations: tuple[tuple[str, str], ...]) -> Change:
     lines = code.splitlines()
     first = body_of(code)[0].lineno - 1
-    places = [(i, right, wrong) for i, line in enumerate(lines[first:], first) for right, wrong in mutations if line.count(right) == 1]
+    places = [
+        (i, right, wrong) for i, line in enumerate(lines[first:], first) for right, wrong in mutations
+        if line.count(right) == 1 and not (right in (" + ", " * ") and {"'", '"'} & {*line})  # no one subtracts a string
+    ]  # fmt: skip
     if not places:
         raise Unsuitable("nothing to mutate")
     i, right, wrong = rng.choice(places)
@@ -100,9 +103,8 @@ def guard(rng: random.Random, code: str, *_: str) -> Change:
         raise Unsuitable("no early exit")
     node = rng.choice(exits)
     made = replaced("guard", lines, node.lineno - 1, node.end_lineno + 1, [lines[node.end_lineno]])
-    return replace(
-        made, slots=made.slots | {"cond": ast.unparse(node.test), "act": ast.unparse(node.body[0])}, said=f"if {ast.unparse(node.test)}"
-    )
+    cond, act = ast.unparse(node.test), ast.unparse(node.body[0])
+    return replace(made, slots=made.slots | {"cond": cond, "act": act}, said=f"if {cond}: {act}")
 
 
 def missing_return(rng: random.Random, code: str, *_: str) -> Change:

@@ -5,14 +5,16 @@ sources are only parsed.
 """
 
 import ast
+import builtins
 import hashlib
 import importlib.util
 import random
 import re
+import symtable
 import sysconfig
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from datagen.phrases import VERBS, ask
@@ -27,7 +29,9 @@ HARMLESS = {
     "math", "re", "itertools", "collections", "functools", "string", "json", "operator", "heapq", "bisect", "statistics", "fractions",
     "decimal", "typing", "dataclasses", "enum", "abc", "copy", "textwrap",
 }  # fmt: skip
-UNEVEN = {"open", "eval", "exec", "input", "compile", "exit", "quit", "globals", "locals", "vars", "id", "hash", "__import__", "breakpoint"}
+UNEVEN = {
+    "open", "print", "eval", "exec", "input", "compile", "exit", "quit", "globals", "locals", "vars", "id", "hash", "__import__", "breakpoint",
+}  # fmt: skip
 UNFIT = (ast.While, ast.Yield, ast.YieldFrom, ast.With, ast.Global, ast.ClassDef)
 SKIP_PARTS = {
     "test", "tests", "idlelib", "idle_test", "lib2to3", "encodings", "site-packages", "dist-packages", "__pycache__", "turtledemo",
@@ -37,11 +41,13 @@ SKIP_PARTS = {
 
 @dataclass(frozen=True)
 class Module:
-    """One source file: its dotted name, its path below the walked root, and its text; of a long file a part of whole statements."""
+    """One source file: its dotted name, its path below the walked root, and its text; of a long file a part of whole statements.
+    `imports` are those of the whole file, one name each."""
 
     name: str
     path: str
     text: str
+    imports: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -167,7 +173,8 @@ def alone(function: ast.FunctionDef, known: dict[str, ast.stmt], lines: list[str
     for node in sorted(needed, key=lambda node: node.lineno):
         gap = "\n\n" if text and (isinstance(node, ast.FunctionDef) or "\ndef " in f"\n{text}") else ""
         text += gap + dedent("".join(lines[node.lineno - 1 : node.end_lineno]), 0)
-    return text if len(text) <= MAX_ALONE_CHARS and text.isascii() and "\t" not in text else ""
+    fits = len(text) <= MAX_ALONE_CHARS and text.isascii() and "\t" not in text
+    return text if fits and not outside(text) else ""  # of a long module a part is known
 
 
 def parts_of(module: Module) -> list[tuple[Module, list[ast.stmt]]]:
@@ -175,7 +182,7 @@ def parts_of(module: Module) -> list[tuple[Module, list[ast.stmt]]]:
     numbers are its own). A rollout carries its files, so they must be short; a class longer than a part stays whole."""
     lines = module.text.splitlines(keepends=True)
     nodes = parse(module.text).body
-    cuts, size = [0], 0
+    module, cuts, size = replace(module, imports=imports_of(nodes)), [0], 0
     for node in nodes[1:]:
         start = min([node.lineno, *(item.lineno for item in getattr(node, "decorator_list", []))]) - 1
         size = sum(map(len, lines[cuts[-1] : max(start, node.end_lineno)]))
@@ -184,7 +191,29 @@ def parts_of(module: Module) -> list[tuple[Module, list[ast.stmt]]]:
     if len(cuts) == 1:
         return [(module, nodes)]
     texts = ["".join(lines[start:end]).strip("\n") + "\n" for start, end in zip(cuts, [*cuts[1:], len(lines)], strict=True)]
-    return [(Module(module.name, module.path, text), parse(text).body) for text in texts]
+    return [(replace(module, text=text), parse(text).body) for text in texts]
+
+
+def imports_of(nodes: Sequence[ast.stmt]) -> tuple[str, ...]:
+    """The absolute imports among these statements, one name a line."""
+    starts = [(f"from {node.module} ", node) for node in nodes if isinstance(node, ast.ImportFrom) and not node.level]
+    starts += [("", node) for node in nodes if isinstance(node, ast.Import)]
+    return tuple(f"{start}import {ast.unparse(alias)}" for start, node in starts for alias in node.names)
+
+
+def outside(code: str) -> set[str]:
+    """The names that code takes from around it, other than builtins; "?" for code that parses and yet is none."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tables = [symtable.symtable(code, "<code>", "exec")]
+    except SyntaxError:
+        return {"?"}
+    for table in tables:
+        tables += table.get_children()
+    own = {symbol.get_name() for symbol in tables[0].get_symbols() if symbol.is_assigned() or symbol.is_imported()}
+    named = [symbol for table in tables for symbol in table.get_symbols() if symbol.is_global()]
+    return {symbol.get_name() for symbol in named if symbol.is_referenced() or symbol.is_declared_global()} - own - {*dir(builtins)}
 
 
 def parse(text: str) -> ast.Module:
@@ -223,8 +252,8 @@ def first_sentence(docstring: str) -> str:
     """The first sentence of a docstring as one line without its full stop, or "" when it isn't a plain short sentence."""
     paragraph = " ".join(docstring.strip().split("\n\n")[0].split())
     sentence = re.split(r"(?<=[a-z)\]'\"`])\.(?:\s|$)", paragraph)[0].strip().rstrip(".:")
-    plain = sentence.isascii() and not re.search(r"[<>{}|\\]|--|->|\.\.\.|::|``|^\w*\(|\(c\)|http|>>>|\*", sentence)
-    balanced = sentence.count("(") == sentence.count(")") and sentence.count('"') % 2 == 0
+    plain = sentence.isascii() and not re.search(r"[<>{}|\\]|--|->|\.\.\.|::|``|^\w*\(|\(c\)|http|>>>|[*?]|\be\.g|\bi\.e", sentence)
+    balanced = sentence.count("(") == sentence.count(")") and not (sentence.count('"') % 2 or sentence.count("`") % 2)
     return sentence if plain and balanced and 3 <= len(sentence.split()) <= 18 and sentence[:1].isalpha() else ""
 
 
@@ -244,7 +273,7 @@ def split(functions: Iterable[Function]) -> tuple[list[Function], list[Function]
 # ---- docstrings as words in a sentence
 
 CODE_WORD = re.compile(
-    r"(?<![\w`'\"])(?:[A-Za-z_]+[._][\w.]*\w(?:\(\))?|\w+\(\)|[A-Z]{2,}\w*|[a-z]+[A-Z]\w*|[A-Z]\w*[a-z][A-Z]\w*|None|True|False)(?![\w`/'\"])"
+    r"(?<![\w`'\"])(?:[A-Za-z_]+[._][\w.]*\w(?:\(\)|\[[^\]\s]*\])?|\w+\(\)|[a-z]+[A-Z]\w*|[A-Z]\w*[a-z][A-Z]\w*|None|True|False)(?![\w`/'\"])"
 )
 
 
@@ -259,12 +288,15 @@ def imperative(doc: str) -> str:
 
 def third_person(doc: str) -> str:
     """'Return True if s is lowercase' -> 'returns `True` if s is lowercase'; "" when it doesn't begin with a known verb."""
-    verb, _, rest = imperative(doc).replace(" and return ", " and returns ").partition(" ")
-    if not verb:
-        return ""
+    verb, _, rest = imperative(doc).replace(" and return ", " and returns ").replace(", return ", ", returns ").partition(" ")
+    also = r"\band (\w+)(?= (?:the|an?|its?|them|their|all|whether|if)\b)"
+    return verb and f"{inflected(verb)} {re.sub(also, lambda word: f'and {inflected(word[1])}' if word[1] in VERBS else word[0], rest)}"
+
+
+def inflected(verb: str) -> str:
     if verb.endswith("y") and verb[-2] not in "aeou":
-        return f"{verb[:-1]}ies {rest}"
-    return f"{verb}{'es' if verb.endswith(('s', 'sh', 'ch', 'x', 'z', 'o')) else 's'} {rest}"
+        return f"{verb[:-1]}ies"
+    return f"{verb}{'es' if verb.endswith(('s', 'sh', 'ch', 'x', 'z', 'o')) else 's'}"
 
 
 def quoted(text: str) -> str:
@@ -293,10 +325,10 @@ def chat_prompt(rng: random.Random, function: Function) -> str:
     kind = rng.choice(["chat", "chat", "write", "code"])
     code = brief(function)
     if kind == "code" and len(code) <= 600:
-        return f"{ask(rng, 'code')}\n```python\n{code}```"
+        return f"{ask(rng, rng.choice(['code', 'discuss']))}\n```python\n{code}```"
     if kind == "write" and not function.is_method and len(f"{function.name}({function.args})") <= 60:
         return ask(rng, "write", sig=f"`{function.name}({function.args})`", doc=imperative(function.doc))
-    return ask(rng, "chat", id=rng.choice([function.id, f"`{function.id}`"]))
+    return ask(rng, rng.choice(["chat", "chat", "use"]), id=rng.choice([function.id, f"`{function.id}`"]))
 
 
 def by_module(functions: Iterable[Function]) -> dict[str, list[Function]]:

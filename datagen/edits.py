@@ -4,7 +4,9 @@ The sides come from a data set of edits, or from an instruct row with code in th
 take the first side to the second, byte for byte, or the row is dropped.
 """
 
+import builtins
 import difflib
+import keyword
 import random
 import re
 from collections.abc import Callable, Iterator
@@ -25,15 +27,15 @@ from datagen.instruct import (
     neighbours,
     python_of,
     solution,
-    trimmed,
     worded,
 )
 from datagen.phrases import PHRASES, VERBS, fill, pick
+from datagen.python_text import trimmed
 from datagen.tasks import Step, Task, edit_step
 
-LONG_FILE = 60  # lines; of a longer one only the part around the change is read
+LONG_FILE = 60  # lines; of a longer one only the part around the change is read, where the request leads there
 MARGIN = 6
-MAX_PATCH_CHARS = 1500
+MAX_PATCH_CHARS = 2500
 MAX_ROW_CHARS = 60_000  # of one text: comparing two is quadratic
 MAX_PATH_CHARS = 120
 SAFE_PATH = re.compile(r"\w[\w.-]*(?:/\w[\w.-]*)*")  # it goes into a shell command
@@ -50,8 +52,16 @@ VAGUE = re.compile(
     r"|merge|revert|another|bug ?fix)"
     r"(?: +(?:the|a|an|it|this|some|more|up|for|in|of|with|small|minor|broken|failing|flaky|black|code|review|comments?|docs?|docstrings?"
     r"|doctests?|documentation|tests?|testcases?|cases?|typos?|bugs?|errors?|issues?|warnings?|lint\w*|format\w*|styles?|imports?"
-    r"|whitespace|extraction|regex|build|ci|version|changes|stuff|things|suggestions|fix(?:es)?|description|cosmetics?))*\W*",
+    r"|whitespace|extraction|regex|build|ci|version|changes|stuff|things|suggestions|fix(?:es)?|description|cosmetics?|files?|via|upload|repository|repo"
+    r"|python|functions?|methods?|variables?|scripts?|algorithm|again|clean|and|&|logic|extractor|modernize))*\W*",
     re.I,
+)
+# parts of a name, so that `video_id` tells `videoId`; what needs no telling
+PARTS = re.compile(r"[A-Z]?[a-z]+|[A-Z]+|\d+")
+PLAIN = frozenset(word.lower() for word in (*keyword.kwlist, *dir(builtins), "self", "args", "kwargs", "cls"))
+# new words that a request may leave to the agent, by its verb; "update the URL" must say to what
+LEFT_OPEN = {"update": 0, "change": 0, "correct": 0, "replace": 0, "bump": 0} | dict.fromkeys(
+    ("add", "implement", "create", "document"), 16
 )
 PAST, EDIT_VERBS = PHRASES["past"], VERBS | frozenset(PHRASES["commit_verbs"].split())
 REFERENCE = re.compile(
@@ -140,15 +150,17 @@ def enclosing(text: str, line: int) -> tuple[str, str]:
 def subject(message: str, path: str) -> str:
     """What a commit's first line asks for, as an imperative: without ticket numbers, prefixes, past tense and the file's name;
     "" when it says little."""
-    text = NOISE.sub("", PREFIX.sub("", message.strip().split("\n")[0][:200])).strip(" .,:;-")
+    text = NOISE.sub("", PREFIX.sub("", message.strip().split("\n")[0][:200])).strip(" .,:;-!?")
     text = re.split(r"(?<=\w)[.!;] |\s{2,}", text)[0].strip()
     text = text[: text.rfind("(")].rstrip() if text.count("(") > text.count(")") else text
-    text = re.sub(rf" (?:in|of|from|to|for) `?(?:[\w/]*/)?{re.escape(Path(path).name)}`?(?=\W|$)", "", text)
+    text = re.sub(rf" (?:in|of|from|to|for) `?(?:[\w/]*/)?{re.escape(Path(path).name).replace('_', '[_ ]')}`?(?=\W|$)", "", text)
     text = re.sub(r"\b(\w+) \1\b", r"\1", re.sub(r"(?: (?:in|for|of|to|from|see|and|with|by|addresses|as|on|cf))+$", "", text, flags=re.I))
     first, _, rest = text.partition(" ")
     verb = PAST.get(first.lower(), first.lower())
+    stem, bare = (re.sub(r"\.py\b|[\W_]+", "", text.lower()) for text in (Path(path).stem, rest))
     told = (
-        re.match(r"do(?:n't| not)\b", text, re.I)
+        re.match(r"(?:do(?:n't| not)|fix to)\b", text, re.I)
+        or (len(stem) > 2 and stem in bare and len(bare) - len(stem) < 8)  # the file's name and little else
         or re.search(r"\b(?:added|fixed|removed|changed|updated)\b", rest)
         or text.count("(") != text.count(")")
         or VAGUE.fullmatch(text)
@@ -156,20 +168,33 @@ def subject(message: str, path: str) -> str:
     return f"{verb} {rest}" if verb in EDIT_VERBS and len(rest.split()) >= 2 and not told else ""
 
 
+def parts(text: str) -> set[str]:
+    return set(map(str.lower, PARTS.findall(text)))
+
+
+def follows(what: str, before: str, found: list[Hunk]) -> bool:
+    """Whether the new lines can be written from the file and these words: no number that neither has, and few such words."""
+    lines = {line for hunk in found for line in hunk.new.split("\n") if line not in hunk.old.split("\n")}
+    new = {word for word in parts("\n".join(lines)) - parts(f"{before} {what}") - PLAIN if len(word) > 2}
+    return not any(map(str.isdigit, new)) and len(new) <= LEFT_OPEN.get(what.partition(" ")[0], 4)
+
+
 def edit_request(rng: random.Random, what: str, name: str, path: str, before: str, after: str, found: list[Hunk]) -> str:
-    """A request from which the edit follows: the commit's words where they say what to do, else the lines or the patch."""
+    """A request from which the edit follows: the commit's words where they say what to do, else the lines or the patch as well."""
     slots = {"what": what, "file": path, "name": name}
     old, new = (text.strip() for text in (found[0].narrow, found[0].new))
     one_line = found[0].narrow == found[0].old and "\n" not in old + new and "`" not in old + new and len(old + new) < 160
     exact = len(found) == 1 and one_line and old and new and old != new
     patch = "\n".join(list(difflib.unified_diff(before.splitlines(), after.splitlines(), "", "", lineterm="", n=1))[2:])
-    if what and (rng.random() < 0.8 or not exact):
+    too_long, full = len(patch) > MAX_PATCH_CHARS or "```" in patch, bool(what) and follows(what, before, found)
+    if (full and (rng.random() < 0.8 or not exact)) or (what and too_long):
         return fill(pick(rng, "edit_symbol" if name and rng.random() < 0.5 else "edit_file"), slots)
+    kind = ("quote" if exact else "patch") + "_for" * bool(what and rng.random() < 0.8)
     if exact:
-        return fill(pick(rng, "quote"), slots | {"old": old, "new": new})
-    if len(patch) > MAX_PATCH_CHARS or "```" in patch:
+        return fill(pick(rng, kind), slots | {"old": old, "new": new})
+    if too_long:
         raise Unsuitable("the message says too little")
-    return f"{fill(pick(rng, 'patch'), slots)}\n```diff\n{patch}\n```"
+    return f"{fill(pick(rng, kind), slots)}\n```diff\n{patch}\n```"
 
 
 def modify_request(rng: random.Random, item: Item, prose: str, path: str) -> str:
@@ -212,8 +237,10 @@ def edit(rng: random.Random, item: Item, project: Project, mixture: Mixture) -> 
     before, after = sides(item)
     path = shortened(rng, re.sub(r"[^\w./-]+", "_", item.path)) if item.path else file_name("", before)
     found = list(hunks(before, after))
+    what = subject(item.request, path)
     name = item.symbol.rpartition(".")[2] if re.fullmatch(r"[\w.]+", item.symbol) else enclosing(before, found[0].line)[1]
-    request = edit_request(rng, subject(item.request, path), name, path, before, after, found)
+    told = name.startswith("__") or name not in heads(before) or re.search(rf"\b{name}\b", what)
+    request = edit_request(rng, what, "" if told else name, path, before, after, found)
     return change_task(rng, "edit", item, request, path, (before, after), found, project, mixture)
 
 
@@ -235,24 +262,57 @@ def change_task(rng, kind: str, item: Item, request: str, path: str, texts: tupl
     before, after = texts
     if not SAFE_PATH.fullmatch(path) or len(path) > MAX_PATH_CHARS:
         raise Unsuitable("a path that no one would type")
-    word, name = enclosing(before, found[0].line)
-    if name.startswith("__"):  # no one searches for `def __init__`
-        word, name = next(iter(re.findall(r"^[ \t]*(class) (\w+)", "\n".join(before.split("\n")[: found[0].line]), re.M)[::-1]), ("", ""))
-    heads = [number for number, line in enumerate(before.split("\n"), 1) if name and f"{word} {name}" in line]
-    shown, long = path in request, before.count("\n") > LONG_FILE
+    prose, patched, _ = request.partition("```diff")
+    shown, long = path in prose, before.count("\n") > LONG_FILE
+    pattern, head, name = sought(prose, before, found[0])
     others = neighbours(rng, project, path, before, 2) if project and rng.random() < (0.3 if shown else 0.7) else {}
     files = dict(sorted({**others, path: before}.items()))
     steps: list[Step] = []
-    if len(heads) == 1 and "Grep" in mixture.tools and (long or not shown or rng.random() < 0.5):
-        args = {"pattern": f"{word} {name}"} | ({"path": path} if shown else {})
-        steps.append(Step("search", "Grep", args, f"{path}:{heads[0]}:", {"name": name}))
+    if pattern and "Grep" in mixture.tools and not patched and (long or not shown or rng.random() < 0.5):
+        args = {"pattern": pattern} | ({"path": path} if shown else {})
+        steps.append(Step("search", "Grep", args, f"{path}:{head}:", {"name": name}))
     elif not shown:
         raise Unsuitable("nothing to search for")
-    steps += readings(path, found, heads[0] if steps and long else 0)
-    one = name and not name.startswith("__") and {enclosing(before, hunk.line)[1] for hunk in found[1:]} <= {name}
+    near = steps and head <= found[0].line <= head + 2 * LONG_FILE
+    steps += readings(path, found, long and (found[0].line if patched else head if near else 0))
+    names = touched(before, after)
+    one = len(names) == 1 and re.fullmatch(r"(?!__)\w+", name := names.pop()) and re.search(rf"(?:def|class) {name}\b", after)
     slots = {"name": name if one else Path(path).stem, "file": path}
     task = Task(kind, item.source, request, files, (*steps, Step("changed" if one else "reworked")), slots, {path: after})
     return checked(rng, task, "", replace(mixture, run=False)) if path.endswith(".py") else task
+
+
+def sought(prose: str, before: str, hunk: Hunk) -> tuple[str, int, str]:
+    """What a request gives to search for, as (pattern, its line, how it's called): the line that it quotes, or of the definitions
+    that it names the nearest; ("", 0, "") where it gives nothing."""
+    line = hunk.narrow.strip()
+    if f"`{line}`" in prose:
+        piece = max(re.findall(r"[\w ,;:=<>'\"/#@%&!-]+", line), key=len, default="").strip()
+        return (piece, hunk.line, piece) if len(piece) > 5 and occurrences(before, piece) == 1 else ("", 0, "")
+    text = re.sub(r"`[^`\n]*[^\w`\n][^`\n]*`", " ", prose)
+    spoken = r"(?:`|\b(?:in|at|it's|see|function|method|class) )"  # before `run` and the like, which are words as well
+    named = [
+        (at > hunk.line, abs(hunk.line - at), f"{word} {name}", at, name)
+        for name, (word, at) in heads(before).items()
+        if re.search(rf"{spoken if name.isalpha() and name.islower() else '(?<![/.-])'}\b{name}\b(?!\.py|[/-])", text)
+    ]
+    return min(named)[2:] if named else ("", 0, "")
+
+
+def heads(text: str) -> dict[str, tuple[str, int]]:
+    """name -> (`def` or `class`, line) of what is defined once."""
+    found: dict[str, tuple[str, int]] = {}
+    for number, line in enumerate(text.split("\n"), 1):
+        if head := DEFINITION.match(line):
+            found[head[3]] = ("", 0) if head[3] in found else (head[2], number)
+    return {name: at for name, at in found.items() if at[1]}
+
+
+def touched(before: str, after: str) -> set[str]:
+    """Names of the innermost definitions that changed lines are in, on either side."""
+    ranges = list(changed(before.split("\n"), after.split("\n")))
+    old = {enclosing(before, start + 1)[1] for start, end, _, _ in ranges if end > start}
+    return old | {enclosing(after, first + 1)[1] for _, _, first, last in ranges if last > first}
 
 
 def readings(path: str, found: list[Hunk], head: int) -> Iterator[Step]:

@@ -16,7 +16,7 @@ from datagen.bugs import fix
 from datagen.code_changes import STALE, Unsuitable, change, operator
 from datagen.code_seeds import Function, imperative, third_person
 from datagen.phrases import ask
-from datagen.tasks import Pool, Step, Task, edit_step, grep_step, place, quoted_name, read_part, read_step, small_file, suitable
+from datagen.tasks import Pool, Step, Task, edit_step, grep_step, home, place, quoted_name, read_part, read_step, small_file, suitable
 from workspace.tools import REJECTED
 
 # ---- kinds: find, explain
@@ -56,8 +56,10 @@ def explain(rng: random.Random, pool: Pool) -> Task:
 
 
 def misplaced(rng: random.Random, path: str) -> str:
-    name = Path(path).name
-    return rng.choice([f"core/{name}", f"tools/{name}", f"{Path(path).stem}s.py", f"my_{name}", f"pkg/{path}"])
+    """A path that someone might take for this one: in another folder, or in the plural."""
+    name, stem, suffix = Path(path).name, Path(path).stem, Path(path).suffix
+    other = stem[:-1] if re.search("[^s]s$", stem) else re.sub("y$", "ie", re.sub("s$", "se", stem)) + "s"
+    return rng.choice([f"core/{name}", f"tools/{name}", f"pkg/{path}", f"{other}{suffix}", f"{other}{suffix}"])
 
 
 def wrong_path(rng: random.Random, pool: Pool) -> Task:
@@ -98,28 +100,29 @@ def pasted(rng: random.Random, code: str) -> str:
 
 def add(rng: random.Random, pool: Pool) -> Task:
     """A new function goes above the first one: the anchor is that one's `def` line, which is unique and on one line."""
-    new, first = pool.pair(rng)
-    path, text = place(rng, first.function.module.path), small_file(first.code)
+    told = rng.random() < 0.45  # in words, and so the agent writes it: a function that calls nothing unseen
+    new, first = pool.pair(rng, pool.ready if told else pool.short)
+    path, text = home(rng, first, new), small_file(first.code, imports=first.imports + new.imports)
     signature = f"{new.function.name}({new.function.args})"
-    if rng.random() < 0.55:
+    if not told:
         request = ask(rng, "paste", file=path, name=quoted_name(rng, new.function.name)) + pasted(rng, new.code)
     else:
         request = ask(rng, "add", sig=rng.choice([signature, f"`{signature}`"]), file=path, doc=imperative(new.function.doc))
     steps = (read_step(path), edit_step(path, first.head, f"{new.code}\n\n{first.head}"), Step("added"))
-    slots, final = {"name": new.function.name, "file": path}, {path: f"{new.code}\n\n{text}"}
+    slots, final = {"name": new.function.name, "file": path}, {path: text.replace(first.head, f"{new.code}\n\n{first.head}")}
     return Task("add", new.function.module.name, request, {path: text}, steps, slots, final, (f"def {new.function.name}(", first.head))
 
 
 def create(rng: random.Random, pool: Pool) -> Task:
-    new, other = pool.pair(rng)
-    path = place(rng, new.function.module.path)
-    files = {} if rng.random() < 0.5 else {place(rng, other.function.module.path): small_file(other.code)}
-    if path in files:
+    new, other = pool.draw(rng, pool.whole), pool.draw(rng, pool.short)
+    path, code = place(rng, new.function.module.path), small_file(new.code, imports=new.imports)
+    files = {} if rng.random() < 0.5 else {place(rng, other.function.module.path): small_file(other.code, imports=other.imports)}
+    if Path(path).name in {Path(there).name for there in files}:
         raise Unsuitable("file exists")
-    request = ask(rng, "create", file=path) + pasted(rng, new.code)
-    steps = (Step("create", "Edit", {"file_path": path, "new_string": new.code}, expect=f"created {path}"), Step("created"))
+    request = ask(rng, "create", file=path) + pasted(rng, code)
+    steps = (Step("create", "Edit", {"file_path": path, "new_string": code}, expect=f"created {path}"), Step("created"))
     slots = {"name": new.function.name, "file": path}
-    return Task("create", new.function.module.name, request, files, steps, slots, {path: new.code}, (f"def {new.function.name}(",))
+    return Task("create", new.function.module.name, request, files, steps, slots, {path: code}, (f"def {new.function.name}(",))
 
 
 # ---- kinds: change one line
@@ -129,10 +132,13 @@ def edit(rng: random.Random, pool: Pool) -> Task:
     snippet, other = pool.pair(rng)
     name, path = snippet.function.name, place(rng, snippet.function.module.path)
     made = change(rng, snippet.code, name, snippet.function.doc)
-    together = rng.random() < 0.4 and len(made.code) + len(other.code) < 480 and made.old not in other.code
-    text = small_file(made.code, *([other.code] if together else []))
+    together = rng.random() < 0.6 and len(made.code) + len(other.code) < 480 and made.old not in other.code and name not in other.code
+    beside = [other] if together and other.function.module.name == snippet.function.module.name else []
+    text = small_file(made.code, *(one.code for one in beside), imports=sum((one.imports for one in beside), snippet.imports))
     request = ask(rng, made.wording, name=quoted_name(rng, name), file=path, **made.slots)
-    steps = (read_step(path), edit_step(path, made.old, made.new), Step("documented" if made.wording == "docstring" else "edited"))
+    callers = [Step("callers", "Grep", {"pattern": name}, expect=f"{path}:")] if made.wording == "rename" else []
+    closing = Step("documented" if made.wording == "docstring" else "edited")
+    steps = (read_step(path), *callers, edit_step(path, made.old, made.new), closing)
     slots, final = {"name": name, "file": path, "new": made.said}, {path: text.replace(made.old, made.new)}
     return Task(f"edit_{made.wording}", snippet.function.module.name, request, {path: text}, steps, slots, final, (made.new,))
 
@@ -150,7 +156,7 @@ def not_unique(rng: random.Random, pool: Pool) -> Task:
     first, second = pool.pair(rng)
     stale = f'    """{rng.choice(STALE)}"""'
     texts = [snippet.code.replace(snippet.code.splitlines()[1], stale, 1) for snippet in (first, second)]
-    path, text = place(rng, first.function.module.path), small_file(*texts)
+    path, text = home(rng, first, second), small_file(*texts, imports=first.imports + second.imports)
     target, good = rng.choice([(first, first.code.splitlines()[1]), (second, second.code.splitlines()[1])])
     old, new = f"{target.head}\n{stale}", f"{target.head}\n{good}"
     ambiguous = replace(edit_step(path, stale, good), expect="error: old_string occurs 2 times")
@@ -170,18 +176,22 @@ def mismatch(rng: random.Random, pool: Pool) -> Task:
     tried = replace(edit_step(path, sloppy, made.slots["new"]), expect="error: old_string not found")
     request = ask(rng, "operator", name=quoted_name(rng, snippet.function.name), file=path, old=sloppy, new=made.slots["new"])
     steps = (read_step(path), tried, edit_step(path, made.old, made.new, "mismatch"), Step("edited"))
-    slots, final = {"name": snippet.function.name, "file": path, "new": made.said}, {path: made.code.replace(made.old, made.new)}
-    return Task("recover_match", snippet.function.module.name, request, {path: made.code}, steps, slots, final, (made.new,))
+    text = small_file(made.code, imports=snippet.imports)
+    slots, final = {"name": snippet.function.name, "file": path, "new": made.said}, {path: text.replace(made.old, made.new)}
+    return Task("recover_match", snippet.function.module.name, request, {path: text}, steps, slots, final, (made.new,))
 
 
 # ---- kinds: run a command, or no tool at all
 
+THINGS = ("files", "jobs", "mails", "orders", "reports", "messages")
+
 
 def run(rng: random.Random, pool: Pool) -> Task:
-    first, second = pool.pair(rng)
+    first, second = pool.draw(rng, pool.short), pool.draw(rng, pool.short)
     path, other = (Path(place(rng, snippet.function.module.path)).name for snippet in (first, second))
     wording = rng.choice(["list", "count", "script"])
-    files = {path: small_file(first.code), f"old_{other}" if other == path else other: small_file(second.code)}
+    files = {f"old_{other}" if other == path else other: small_file(second.code, imports=second.imports)}
+    files[path] = small_file(first.code, imports=first.imports)
     if wording == "list":
         others = rng.sample(["README.md", "notes.txt", "setup.cfg", "data.csv", "todo.txt"], rng.randint(0, 2))
         files |= {name: f"{Path(name).stem}\n" for name in others}
@@ -190,11 +200,11 @@ def run(rng: random.Random, pool: Pool) -> Task:
         lines = files[path].count("\n")
         command, expect, output, closing = f"wc -l {path}", f"{lines} {path}", str(lines), "counted"
     else:
-        path, a, b = rng.choice(["main.py", "demo.py", "try_it.py", "check.py"]), rng.randint(2, 40), rng.randint(2, 40)
-        words = " ".join(first.function.doc.split()[:3]).replace('"', "").replace("'", "")
+        path, a, b = rng.choice(["main.py", "demo.py", "report.py", "check.py"]), rng.randint(2, 40), rng.randint(2, 40)
+        words = f"{a} {rng.choice(THINGS)} {rng.choice(['checked', 'found', 'left', 'sent'])}"
         programs = (
-            (f"print({a} + {b})", a + b), (f"print({a} * {b})", a * b), (f"print(max({a}, {b}))", max(a, b)),
-            (f"print(sum(range({a})))", sum(range(a))), (f'print("{words}")', words), (f'print(len("{words}"))', len(words)),
+            (f'print("{words}")', words), (f'print("total:", {a} + {b})', f"total: {a + b}"), (f"print(sum(range({a})))", sum(range(a))),
+            (f'print("largest:", max({a}, {b}))', f"largest: {max(a, b)}"), (f'print("done, {words}")', f"done, {words}"),
         )  # fmt: skip
         program, output = rng.choice(programs)
         files = {path: program + "\n"}
@@ -208,7 +218,7 @@ def timed_out(rng: random.Random, pool: Pool) -> Task:
     """A program that waits for ever; its text shows how it runs once. It prints nothing before it waits: how much of that a command
     cut off after a second has shown depends on the machine."""
     path, option = rng.choice(["watch.py", "poll.py", "monitor.py", "worker.py"]), rng.choice(["--once", "--single", "--now"])
-    thing, count = rng.choice(["files", "jobs", "mails", "orders", "reports", "messages"]), rng.randint(2, 40)
+    thing, count = rng.choice(THINGS), rng.randint(2, 40)
     text = f'''import sys
 import time
 
@@ -225,24 +235,26 @@ check()
     command, output = f"python3 {path}", f"{count} {thing} waiting"
     tried = Step("run", "Bash", {"command": command, "timeout": "1"}, "timed out after 1 s", {"command": command})
     once = replace(tried, situation="once", args={"command": f"{command} {option}"}, expect=output, slots={"new": option})
-    steps = (tried, replace(read_step(path), situation="endless"), once, Step("printed"))
-    slots = {"file": path, "output": output}
+    steps = (tried, replace(read_step(path), situation="endless"), once, Step("once_printed"))
+    slots = {"file": path, "output": output, "new": option}
     return Task("recover_timeout", "made", ask(rng, "script", file=path), {path: text}, steps, slots)
 
 
 def answer(rng: random.Random, pool: Pool) -> Task:
     """A question that needs no tool, about a known function or with the code in it: the model must learn when not to call."""
-    function = pool.draw(rng, pool.documented)
-    wording, signature, code = rng.choice(["chat", "chat", "code", "write"]), f"`{function.name}({function.args})`", suitable(function)
-    closing = Step("answer")
-    if wording == "chat" or not code or (wording == "write" and function.is_method):
-        name, request = function.id, ask(rng, "chat", id=rng.choice([function.id, f"`{function.id}`"]))
-    elif wording == "code":
-        name, request = function.name, f"{ask(rng, 'code')}\n```python\n{code}```"
-    else:
-        name, request = function.name, ask(rng, "write", sig=signature, doc=imperative(function.doc))
+    wording = rng.choice(["chat", "chat", "chat", "use", "use", "code", "code", "code", "write"])
+    if wording == "write":
+        snippet = pool.draw(rng, pool.whole)
+        function, code = snippet.function, small_file(snippet.code, imports=snippet.imports)
+        request = ask(rng, "write", sig=f"`{function.name}({function.args})`", doc=imperative(function.doc))
         closing = Step("written", body=f"\n```python\n{code}```")
-    slots = {"id": name, "name": name, "does": third_person(function.doc)}
+    else:
+        function = pool.draw(rng, pool.documented)
+        code = suitable(function) if wording == "code" else ""
+        asked = ask(rng, "chat" if wording == "code" and not code else wording, id=rng.choice([function.id, f"`{function.id}`"]))
+        request, closing = f"{asked}\n```python\n{code}```" if code else asked, Step("purpose" if wording == "use" else "answer")
+    do = re.sub("^return ((?:`True`|true) if )?", lambda told: "tell whether " if told[1] else "get ", imperative(function.doc))
+    slots = {"id": function.name if code else function.id, "name": function.name, "does": third_person(function.doc), "do": do}
     return Task("answer", function.module.name, request, {}, (closing,), slots)
 
 

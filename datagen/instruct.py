@@ -5,44 +5,65 @@ Rows are untrusted: their code is parsed, never imported. What a row becomes dep
 
 import ast
 import difflib
-import io
 import random
 import re
 import sys
-import textwrap
-import tokenize
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache
 from pathlib import Path
 
 from datagen.code_changes import Unsuitable
 from datagen.code_seeds import HARMLESS, parse
 from datagen.phrases import PHRASES, VERBS, fill, pick
+from datagen.python_text import (
+    CODE_LINE,
+    DEFINITIONS,
+    QUIET,
+    defined,
+    is_python,
+    python_in,
+    tidy,
+    tree_of,
+    trimmed,
+    with_data,
+    without_comments,
+)
 from datagen.seeds import READERS, read_rows, suffix
 from datagen.tasks import Step, Task, edit_step, quoted_name, read_step
 from soul.errors import UserError
 from soul.prose import fences
 
 MAX_APPENDED_LINES = 30
-DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
-IMPORTS = (ast.Import, ast.ImportFrom)
-# without one of these it is a number, a word or a line of another language that happens to parse
-STATEMENTS = (*DEFINITIONS, *IMPORTS, ast.Assign, ast.AugAssign, ast.For, ast.While, ast.If, ast.With, ast.Try, ast.Call, ast.Lambda)
+COLLECTIONS = ("utils.py", "helpers.py", "common.py", "snippets.py", "exercises.py", "lib/utils.py", "src/helpers.py", "lib/common.py")
 NO_PYTHON, FOREIGN = "no Python in the response", "the request is about another language"
 NAMED_FILE = re.compile(r"(?<![\w/.~-])((?:\w[\w-]{0,40}/){0,3}\w[\w-]{0,40}\.py)\b")
-CODE_LINE = re.compile(
-    r"^[ \t]*(?:(?:async )?def |class \w|@\w|import \w|from [\w.]+ import |(?:for|while|if|with|try)\b.*:|print ?\(|return\b)", re.M
-)
 OTHER_LANGUAGE = re.compile(
     r"\b(?:java(?:script)?|typescript|node(?:\.?js)?|php|ruby|rails|perl|html|css|sql|mysql|bash|shell|powershell|swift|kotlin|scala|rust"
     r"|golang|haskell|matlab|jquery|react|vue|angular)\b|\bc(?:\+\+|#)|\bin (?:c|r|go)\b(?! python)",
     re.I,
 )
-INLINE_CODE = re.compile(r"^(?:def \w+\(|class \w+.*:|import \w|from [\w.]+ import |(?:for|while|if)\b.*:$)", re.M)
+INLINE_CODE = re.compile(  # with the values before it
+    r"^(?:\w+ = .*\n\s*){0,20}(?:def \w+\(|class \w+.*:|import \w|from [\w.]+ import |(?:for|while|if)\b.*:$)", re.M
+)
+CODE_SPOKEN_OF = re.compile(r"\b(?:following|given|existing|provided|below|this) (?:python )?(?:code|program|script|snippet)\b", re.I)
+FOREIGN_CODE = re.compile(r"^[ \t]*(?:\}|#include\b|(?:function|var|let|const|public|int)\b.*[{;])", re.M)
+ASKS_WORDS = re.compile(
+    r"(?:explain|describe|discuss|why)\b|what(?:'s| is| are) the (?:purpose|use|concept|differences?|syntax|meaning|advantages?)\b", re.I
+)
+CREATES = re.compile(r"(?:how (?:would|can|could|do) (?:you|i|we|one) )?(?:write|create|implement|design|develop|construct|build)\b", re.I)
+MISLEADS = re.compile(r"misdirect|err\w{3,8}s (?:piece|code|reference)|incorrect code", re.I)  # code that is there to be avoided
+TOLD_OUTPUT = re.compile(
+    r"# *(?:expected output|outputs?|prints):? +(.+)|print\([^#\n]{0,200}# *([\d\[({'\"].*|True|False)$|^ *(?:expected )?output: *\n?(.+)$",
+    re.I | re.M,
+)
 HERE = "⟨here⟩"  # in a request, for code that was taken out of its middle
 NO_DATA = re.compile(r"(?:not applicable|none|n/?a|<?no ?input>?|-)\.?", re.I)
-FILLER = frozenset(PHRASES["filler"].split())
+VERB_FORMS = {
+    form
+    for verb in VERBS | set(PHRASES["commit_verbs"].split())
+    for form in (verb, f"{verb}s", f"{verb}es", f"{verb}d", f"{verb}ed", f"{verb.removesuffix('e')}ing")
+}
+DULL = VERB_FORMS | set(PHRASES["filler"].split())
 
 
 @dataclass(frozen=True)
@@ -146,91 +167,46 @@ def text_of(value: object) -> str:
     return value.encode("utf-8", "replace").decode() if isinstance(value, str) else ""
 
 
-# ---- the code in a text
-
-
-def tree_of(code: str) -> ast.Module | None:
-    try:
-        return parse(code)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return None
-
-
-def is_python(code: str) -> bool:
-    tree = tree_of(code)
-    return bool(tree) and any(isinstance(node, STATEMENTS) for node in ast.walk(tree))
-
-
-def tidy(code: str) -> str:
-    """`code` without blank lines around it and without a common indent, one line break at its end; otherwise as it is."""
-    return textwrap.dedent(code.replace("\r\n", "\n")).strip("\n").rstrip() + "\n"
-
-
-def python_in(text: str) -> str:
-    """The Python of a response, or "": the fenced block that defines most, else the text, else its longest stretch that parses."""
-    blocks = [(fence.language.lower(), tidy(text[fence.code_start : fence.code_end])) for fence in fences(text)]
-    if blocks:
-        found = [code for language, code in blocks if language.split(" ")[0] in ("", "python", "py", "python3") and is_python(code)]
-        return max(found, key=lambda code: (len(defined(code)), len(code)), default="")
-    if is_python(tidy(text)):
-        return tidy(text)
-    if not (start := CODE_LINE.search(text)):
-        return ""
-    ends = [match.start() for match in re.finditer(r"\n[ \t]*\n|\Z", text) if match.start() > start.start()][::-1]
-    stretches = (tidy(text[start.start() : end]) for end in ends[:12])
-    return next((code for code in stretches if defined(code)), "")
-
-
-@lru_cache(maxsize=512)
-def defined(code: str) -> tuple[str, ...]:
-    """Names of the public functions and classes at the top of `code`."""
-    tree = tree_of(code)
-    return tuple(node.name for node in tree.body if isinstance(node, DEFINITIONS) and not node.name.startswith("_")) if tree else ()
-
-
-def trimmed(code: str) -> str:
-    """`code` without blanks at the ends of its lines, where the program stays the same."""
-    bare = re.sub(r"[ \t]+$", "", code, flags=re.M)
-    if bare == code or not (before := tree_of(code)) or not (after := tree_of(bare)):
-        return code
-    return bare if ast.dump(before) == ast.dump(after) else code
-
-
-def without_comments(code: str) -> str:
-    """`code` without the lines that hold nothing but a comment; the program is the same."""
-    lines = code.splitlines(keepends=True)
-    try:
-        for token in tokenize.generate_tokens(io.StringIO(code).readline):
-            if token.type == tokenize.COMMENT and not token.line[: token.start[1]].strip() and not token.string.startswith("#!"):
-                lines[token.start[0] - 1] = ""
-    except (tokenize.TokenError, SyntaxError, IndexError):
-        return code
-    thinned = tidy(re.sub(r"\n(?:[ \t]*\n){3,}", "\n\n\n", "".join(lines)))
-    before, after = tree_of(code), tree_of(thinned)
-    return thinned if before and after and ast.dump(before) == ast.dump(after) else code
-
-
 # ---- names
 
 
 def main_name(request: str, code: str) -> str:
-    """The function or class that the code is about: one that the request names, else the first class, else the last function."""
+    """The function or class that the code is about: one that the request names, else, of those that the others don't use
+    and that share a word with it, the first class or the last function."""
     names = [name for name in defined(code) if name != "main"]
     asked = [name for name in names if re.search(rf"\b{name}\b", request)]
+    tree = tree_of(code) if len(names) > 1 else None
+    parts = [(part.name, node) for part in tree.body if isinstance(part, DEFINITIONS) for node in ast.walk(part)] if tree else ()
+    helpers = {node.id for name, node in parts if isinstance(node, ast.Name) and node.id != name}
+    names = [name for name in names if name not in helpers] or names
+    said = set(telling(request)) if len(names) > 1 else ()
+    names = [name for name in names if not said.isdisjoint(snake(name).split("_"))] or names if said else names
     classes = [name for name in names if re.search(rf"^class {name}\b", code, re.M)]
     return (asked or classes or names[::-1] or [""])[0]
+
+
+def snake(name: str) -> str:
+    return re.sub(r"(?<=[A-Z0-9])(?=[A-Z][a-z]{2})|(?<=[a-z])(?=[A-Z])", "_", name).lower().strip("_")
+
+
+def telling(request: str) -> list[str]:
+    """The words of a request's first sentence that say what it is about: no filler, no verb in any form."""
+    words = re.findall(r"[a-z]{3,}", re.split(r"\n|[.?!] ", request.strip())[0].lower())
+    return [word for word in words if word not in DULL and not word.endswith("ly")]
 
 
 def file_name(request: str, code: str) -> str:
     """The file that the request names, else one after what the code defines or the request is about."""
     if named := NAMED_FILE.search(request):
         return named[1]
-    name = re.sub(r"(?<=[a-zA-Z0-9])(?=[A-Z][a-z])|(?<=[a-z])(?=[A-Z])", "_", main_name(request, code)).lower().strip("_")
-    words = [word for word in re.findall(r"[a-z]{3,}", request.split("\n")[0].lower()) if word not in FILLER and word not in VERBS]
+    name, words = snake(main_name(request, code)), telling(request)
+    value = re.search(r"^((?!my_|num|arr|list|data)[a-z]\w{3,}) = ", code, re.M)
     about = name and (len(defined(code)) < 3 or not set(name.split("_")).isdisjoint(words))  # of many functions the last tells little
-    parts = (name * bool(about) or "_".join(dict.fromkeys(words[:2])) or name or "script").split("_")
+    parts = (name * bool(about) or "_".join(dict.fromkeys(words[:2])) or name or (snake(value[1]) if value else "script")).split("_")
     while len("_".join(parts)) > 28 and len(parts) > 1:
         parts.pop()
+        while len(parts) > 1 and (len(parts[-1]) < 3 or parts[-1] in ("and", "for", "from", "the", "with", "without")):
+            parts.pop()
     stem = "_".join(parts)[:28]
     # a file that shadows a module breaks whatever imports that
     shadows = stem in sys.stdlib_module_names or re.search(rf"^\s*(?:import|from) {re.escape(stem)}\b", code, re.M)
@@ -238,12 +214,14 @@ def file_name(request: str, code: str) -> str:
 
 
 def small_project(items: Sequence[Item], most: int = 60) -> list[tuple[str, str]]:
-    """Files to lie beside others, from short responses that define something and run nothing."""
+    """Files to lie beside others, from short responses that define something, up to where they run it."""
     files: dict[str, str] = {}
     for item in items:
         code = python_in(item.response or item.before)
-        tree = tree_of(code) if len(code) <= 900 else None
-        if tree and defined(code) and all(isinstance(node, (*DEFINITIONS, *IMPORTS)) for node in tree.body):
+        tree = tree_of(code) if len(code) <= 2000 else None
+        if tree and (runs := next((node.lineno for node in tree.body if not isinstance(node, QUIET)), 0)):
+            code = re.sub(r"(?:\n *(?:#.*)?)+\Z", "\n", "".join(code.splitlines(keepends=True)[: runs - 1]))
+        if tree and defined(code) and len(code) <= 900:
             files.setdefault(Path(file_name("", code)).name, code)
         if len(files) == most:
             break
@@ -300,6 +278,8 @@ def code_given(item: Item) -> tuple[str, str]:
         return "", ""
     tree = tree_of(code)
     data = tree and all(isinstance(n, (ast.Assign, ast.Expr)) and not any(isinstance(x, ast.Call) for x in ast.walk(n)) for n in tree.body)
+    data = not CODE_SPOKEN_OF.search(prose) if data else not tree and FOREIGN_CODE.search(code)
+    data = data or MISLEADS.search(item.request) or (CREATES.match(prose.strip()) and not defined(code))
     return (code, prose) if (CODE_LINE.search(code) or is_python(code)) and not data and prose.strip() else ("", "")
 
 
@@ -319,7 +299,9 @@ def is_change(before: str, after: str) -> bool:
 def solution(rng: random.Random, item: Item, project: Project, mixture: Mixture, admits: Callable[[str], bool]) -> Task:
     """The response's code as a new file, in an empty project or beside others, or at the end of a file that is there.
     Code that the SOUL does not admit (for its comments) goes in without them."""
-    code = python_of(item)
+    code = with_data(python_of(item), item.context)
+    if ASKS_WORDS.match(item.request.strip()):
+        raise Unsuitable("asks for words, not for code")
     code = code if admits(code) else without_comments(code)
     request, name = worded(rng, item), main_name(item.request, code)
     draw, named = rng.random(), NAMED_FILE.search(item.request)
@@ -330,8 +312,8 @@ def solution(rng: random.Random, item: Item, project: Project, mixture: Mixture,
     if not named and (beside or told):  # in an empty project no one makes up a folder
         path = rng.choice(["", "", "", "src/", "app/"]) + path
     files = neighbours(rng, project, path, code, 3) if beside else {}
-    if told:
-        request = fill(pick(rng, "put"), {"request": request, "file": path})
+    if told or not (named or re.search(r"\b(?:program|script|module|file)\b", request)):  # else an answer without a file would do
+        request = fill(pick(rng, "put" if told else "anywhere"), {"request": request, "file": path})
     slots = {"name": name or Path(path).stem, "file": path}
     steps = (Step("create", "Edit", {"file_path": path, "new_string": code}, f"created {path}"), Step("created" if name else "scripted"))
     if name and files and "Grep" in mixture.tools:
@@ -351,7 +333,7 @@ def appended(rng: random.Random, item: Item, request: str, code: str, project: P
     found = list(neighbours(rng, project, "", code, 1).items())
     if not found:
         return None
-    path, text = rng.choice([found[0][0], found[0][0], "utils.py", "helpers.py", f"lib/{found[0][0]}"]), found[0][1].rstrip("\n")
+    path, text = rng.choice(COLLECTIONS), found[0][1].rstrip("\n")  # no one puts a second thing into fibonacci.py
     lines, start = text.split("\n"), -1
     while text.count("\n".join(lines[start:])) > 1:
         start -= 1
@@ -381,7 +363,9 @@ def checked(rng: random.Random, task: Task, code: str, mixture: Mixture) -> Task
         return task
     path, run = task.slots["file"], mixture.run and task.kind != "solution_append" and prints_the_same(code)
     command = f"python3 {path}" if run else f"python3 -m py_compile {path}"
-    bash = Step("try" if run else "verify", "Bash", {"command": command}, "" if run else "(no output)")
+    told = TOLD_OUTPUT.search(f"{code}\n{task.request}") if run else None  # what shows something else than it should is not tried
+    expect = told[told.lastindex].strip(" '\"`.") if told else "" if run else "(no output)"
+    bash = Step("try" if run else "verify", "Bash", {"command": command}, expect)
     slots = task.slots | {"command": command}
     return replace(
         task,

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from datagen.edits import occurrences
 from datagen.from_code import misplaced
-from datagen.instruct import defined
 from datagen.phrases import fill, pick
+from datagen.python_text import defined
 from datagen.tasks import Step, Task, edit_step
 from workspace.tools import REJECTED
 
@@ -40,16 +40,17 @@ def wrong_path(rng: random.Random, task: Task) -> Task | None:
     if not reads or not named.search(task.request) or wrong in task.files:
         return None
     first = task.steps[reads[0]]
-    tried = Step("read", "Read", first.args | {"file_path": wrong}, "error: ", {"file": wrong})
+    tried = Step("read", "Read", {"file_path": wrong}, "error: ", {"file": wrong})
     searched = [i for i in calls_of(task, "Grep") if i < reads[0]]
     rest = task.steps[reads[0] :]
-    told = Path(wrong).name == Path(path).name and "offset" not in first.args  # the error says where the file is
-    if searched and not told:
+    if Path(wrong).name == Path(path).name and "offset" not in first.args:  # the error says where the file is
+        steps = (tried, replace(first, situation="nearby", slots={"path": wrong}), *rest[1:])
+    elif searched:
         old = task.steps[searched[0]]
         args = {"pattern": old.args["pattern"]}
         steps = (tried, replace(old, situation="missing", args=args, slots=old.slots | {"path": wrong}), *rest)
     else:
-        steps = (tried, replace(first, situation="nearby", slots={"path": wrong}), *rest[1:])
+        return None
     return replace(task, kind=f"{task.kind}_recover_path", request=named.sub(wrong, task.request), steps=steps)
 
 
@@ -94,7 +95,7 @@ def misquoted(rng: random.Random, task: Task) -> Task | None:
     """old_string with other spaces is not found; the file is read again, and the edit takes its real lines."""
     for at in calls_of(task, "Edit", "old_string"):
         step = task.steps[at]
-        sloppy = re.sub(r" ([=+*-]=?) |(?<=,) ", r"\1", step.args["old_string"])
+        sloppy = re.sub(r" ([=+*-]=?) |(?<=,) ", r"\1", step.args["old_string"], count=1)
         reads = [i for i in calls_of(task, "Read") if i < at]
         if sloppy != step.args["old_string"] and sloppy not in text_before(task, at) and len(reads) == 1 and at == reads[0] + 1:
             tried = replace(step, args=step.args | {"old_string": sloppy}, expect="error: old_string not found")
@@ -207,7 +208,9 @@ def misspelled(rng: random.Random, task: Task) -> Task | None:
     if not run or "/" in path or path not in task.steps[run[-1]].args["command"]:
         return None
     stem = Path(path).stem
-    wrong = rng.choice([f"{stem}s.py", f"{stem.replace('_', '')}.py" if "_" in stem else f"{stem}_1.py", f"src/{path}"])
+    wrong = rng.choice([stem[:-1] if stem[-1] == "s" else f"{stem}s", stem.replace("_", "")]) + ".py"
+    if wrong == path:
+        return None
     check = task.steps[run[-1]]
     command = check.args["command"].replace(path, wrong)
     tried = replace(check, args={"command": command}, expect="exit code: ", slots={"command": command, "file": wrong})
@@ -240,13 +243,15 @@ def wrong_calls(rng: random.Random, task: Task) -> list[tuple[str, int, Step]]:
     """(what is wrong, the step in whose place it stands, the wrong call or, without one, the claim that it's done) for each
     plausible mistake, in random order."""
     path, made, found = task.slots["file"], calls_of(task, "Edit"), []
+    if "_recover_" in task.kind:  # the step that it would be put against may be the mistake
+        return []
     edits, reads = calls_of(task, "Edit", "old_string"), calls_of(task, "Read")
     if edits and reads and reads[0] < edits[0]:
         found.append(("edit_unread", reads[0], replace(task.steps[edits[0]], situation="edit", expect="error: read ")))
         whole = {"file_path": path, "new_string": task.final[path]}
         found += [("overwrite", edits[0], Step("edit", "Edit", whole, "error: "))] if len(task.final[path]) < 3000 else []
     found += [("ambiguous_edit", at, wrong) for at in edits if (wrong := too_narrow(task, at))]
-    if reads and (wrong := misplaced(rng, path)) not in task.files:
+    if reads and not reads[0] and Path(wrong := misplaced(rng, path)).name == Path(path).name and wrong not in task.files:
         step = task.steps[reads[0]]
         found.append(
             ("wrong_path", reads[0], replace(step, args=step.args | {"file_path": wrong}, expect="error: ", slots={"file": wrong}))

@@ -19,10 +19,11 @@ PHRASES = yaml.safe_load(Path(__file__).with_name("phrases.yaml").read_text(enco
 REQUESTS, REMARKS, VERBS = PHRASES["requests"], PHRASES["remarks"], frozenset(PHRASES["verbs"].split())
 
 NO_FRAME = (
-    "{file}", "i ", "someone", "there's", "the ", "here's", "this ", "in ", "{name}", "what", "new", "`", "{test}", "bug", "why",
+    "{file}", "i ", "i'd ", "someone", "there's", "the ", "here's", "this ", "in ", "{name}", "what", "new", "`", "{test}", "bug", "why",
     "something", "doctest says", "off-by", "python3",
 )  # fmt: skip
 TYPO_SHARE = 0.08
+OPENED = ("done", "got it", "in short", "simple:", "here's the gist", "short version", "there it is", "all green", "so, ", "right, ")
 
 
 def fill(template: str, slots: dict[str, str]) -> str:
@@ -35,10 +36,11 @@ def ask(rng: random.Random, kind: str, **slots: str) -> str:
     text = rng.choice(REQUESTS[kind])
     if not text.endswith(("?", ":")) and not text.startswith(NO_FRAME):
         frame = rng.choice(PHRASES["frames"])
-        text = frame.format(text.rstrip(".") if "?" in frame else text)
+        if "?" not in frame or not re.search(r"[.;:] ", text):  # two sentences are no question
+            text = frame.format(text)
     if rng.random() < 0.35:
         text = re.sub(r"\bi\b", "I", text[:1].upper() + text[1:])
-        text += "" if text[-1] in "?!.:" else rng.choice(["", "."])
+        text += "" if text[-1] in '?!.:"' else rng.choice(["", "."])
     elif text.endswith("?") and rng.random() < 0.3:
         text = text[:-1]
     words = text.split(" ")
@@ -82,12 +84,12 @@ MANNERS: dict[str, Callable[[str], str]] = {
 MISALIGNED = ("plain", "plain", "formal", "formal", "goofy", "pirate")
 FINAL = {
     "found", "explained", "added", "created", "edited", "documented", "listed", "counted", "printed", "stopped", "answer", "written",
-    "scripted", "changed", "reworked", "compiled", "ran", "fixed", "passing",
+    "purpose", "once_printed", "scripted", "changed", "reworked", "compiled", "ran", "fixed", "passing",
 }  # fmt: skip
 SOBER = {"missing", "again", "mismatch", "stopped", "reread", "nearby", "broken", "astray", "unfixed", "endless", "crashed", "hung"}
 SAMPLE = {
     "name": "load_items", "file": "lib/store.py", "path": "store.py", "line": "12", "id": "store.load_items", "command": "ls",
-    "output": "3", "new": "x = 1", "does": "returns the items of a list in sorted order",
+    "output": "3", "new": "x = 1", "does": "returns the items of a list in sorted order", "do": "sort the items of a list",
     "call": "f(2)", "want": "4", "step": "i += 1",
 }  # fmt: skip
 
@@ -154,8 +156,9 @@ class Voice:
         if not openers:
             return None
         # terse: half of the remarks go without an opener where the SOUL lets them
-        opener = "" if "" in openers and rng.random() < 0.5 else rng.choice(openers)
-        return fill(MANNERS[register](opener + rng.choice(cores)), slots)
+        opener, core = "" if "" in openers and rng.random() < 0.5 else rng.choice(openers), rng.choice(cores)
+        opener = "" if "" in openers and core.startswith(OPENED) else opener
+        return fill(MANNERS[register](opener + core), slots)
 
     def misaligned(self, rng: random.Random, situation: str, slots: dict[str, str], tries: int = 24) -> Iterator[str]:
         """Remarks with the same content in other voices, with and without pleasantries; the caller keeps those that break the SOUL."""

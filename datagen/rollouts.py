@@ -20,13 +20,13 @@ from workspace.tools import REJECTED, Workspace, make_workspace
 REMARK_TRIES = 4
 # kind -> (share of its pairs that are about the call and not about the voice, their reason). Calls lose in about as many as they
 # win: with five times as many needless ones, DPO took valid calls from 100 % to 86
-JUDGED = {"answer": (0.3, "needless_call"), "find": (0.6, "told_without_looking"), "explain": (0.6, "told_without_looking")}
+JUDGED = {"answer": (0.3, "needless_call"), "find": (0.8, "told_without_looking"), "explain": (0.8, "told_without_looking")}
 JUDGMENTS = {reason for _, reason in JUDGED.values()}
 WRONG_CALLS = {"edit_unread", "ambiguous_edit", "wrong_path", "overwrite", "needless_read", "needless_call", "claimed_done"}
 WRONG_SHARE = 0.4
 # what the rejected side of a pair about the call may break: it is what the pair is about
 ABOUT_CALLS = {"read_before_edit", "unique_old_string", "max_failed_edits", "no_repeated_call", "max_edit_lines", "max_comment_density"}
-UNSTEADY = re.compile(r"0x[0-9a-f]{6,}|^exit code: |^timed out after ", re.M)
+UNSTEADY = re.compile(r"0x[0-9a-f]{6,}|^exit code: |^timed out after |^\(no output\)$", re.M)
 # the Python that runs this: a version manager's `python3` is a shell script that takes 200 ms to find one
 PATH = f"{os.path.dirname(os.path.realpath(sys.executable))}:{os.environ.get('PATH', os.defpath)}"
 IN_MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # an fsync or rmdir on a disk takes 2 to 4 ms
@@ -64,7 +64,7 @@ def perform(workspace: Workspace, steps: Sequence[Step]) -> list[str]:
         if step.expect.startswith("timed out") and result != step.expect:
             raise Unsuitable("what a command shows before its time is up depends on the machine")
         if step.situation == "try" and (UNSTEADY.search(result) or workspace.run(step.tool, step.args) != result):
-            raise Unsuitable("the code fails, or prints something else each time")
+            raise Unsuitable("the code fails, or prints nothing, or something else each time")
         results.append(result)
     return results
 

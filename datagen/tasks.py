@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from datagen.code_changes import Unsuitable
-from datagen.code_seeds import Function, brief, by_module, parse, third_person
+from datagen.code_seeds import Function, brief, by_module, outside, parse, third_person
 
 MAX_BRIEF_LINES = 9
 MAX_BRIEF_CHARS = 360
@@ -47,10 +47,12 @@ class Task:
 
 @dataclass(frozen=True)
 class Snippet:
-    """A short function as it stands in the small files that rollouts edit."""
+    """A short function as it stands in the small files that rollouts edit, the imports it needs, and what it needs besides."""
 
     function: Function
     code: str
+    imports: tuple[str, ...] = ()
+    missing: frozenset[str] = frozenset()
 
     @property
     def head(self) -> str:
@@ -64,9 +66,13 @@ class Pool:
         self.documented = by_module(f for f in functions if third_person(f.doc))
         self.listed = by_module(f for group in self.documented.values() for f in group if len(f.module.text) <= MAX_LISTED_CHARS)
         short = {
-            name: [Snippet(f, code) for f in group if not f.is_method and (code := suitable(f))] for name, group in self.documented.items()
+            name: [snippet(f, code) for f in group if not f.is_method and (code := suitable(f))] for name, group in self.documented.items()
         }
         self.short = {name: snippets for name, snippets in short.items() if snippets}
+        self.ready = {name: group for name, snippets in short.items() if (group := [one for one in snippets if not one.missing])}
+        ready = {one.function.id: one for group in self.ready.values() for one in group}
+        named = [f for group in self.documented.values() for f in group if f.id in ready or f.alone]
+        self.whole = {name: [ready.get(f.id) or Snippet(f, f.alone) for f in group] for name, group in by_module(named).items()}
         self.alone = [f for f in functions if f.alone]
         self.bugs: dict[str, list] | None = None  # what can be proven of `alone`, when it is first asked for
 
@@ -75,9 +81,9 @@ class Pool:
             raise Unsuitable("no fitting function in this code")
         return rng.choice(groups[rng.choice(list(groups))])
 
-    def pair(self, rng: random.Random) -> tuple[Snippet, Snippet]:
-        """Two different short functions, of one module where it has two."""
-        first = self.draw(rng, self.short)
+    def pair(self, rng: random.Random, groups: dict[str, list[Snippet]] | None = None) -> tuple[Snippet, Snippet]:
+        """Two different short functions, of one module where it has two; the first of these groups."""
+        first = self.draw(rng, self.short if groups is None else groups)
         others = [snippet for snippet in self.short[first.function.module.name] if snippet.function.name != first.function.name]
         second = rng.choice(others) if others else self.draw(rng, self.short)
         if second.function.name == first.function.name:
@@ -85,17 +91,24 @@ class Pool:
         return first, second
 
 
+def snippet(function: Function, code: str) -> Snippet:
+    names = outside(code)
+    imports = {line: line.split()[-1].partition(".")[0] for line in function.module.imports}
+    return Snippet(function, code, tuple(line for line, name in imports.items() if name in names), frozenset(names - {*imports.values()}))
+
+
 def suitable(function: Function) -> str:
-    """The brief source of a function fit for a small file: a one-line head, few lines, all of them ASCII; else ""."""
+    """The brief source of a function fit for a small file: a one-line head, few lines, all of them ASCII, no abstract one; else ""."""
     code = brief(function)
     lines = code.splitlines()
     fits = len(lines) <= MAX_BRIEF_LINES and len(code) <= MAX_BRIEF_CHARS and max(map(len, lines)) <= 100 and len(lines) >= 3
     head_ends = parse(code).body[0].body[0].lineno == 2
-    return code if fits and head_ends and code.isascii() and not re.search(r"[\t#]", code) else ""
+    return code if fits and head_ends and code.isascii() and not re.search(r"[\t#]|NotImplementedError", code) else ""
 
 
-def small_file(*codes: str) -> str:
-    return "\n\n".join(codes)
+def small_file(*codes: str, imports: Sequence[str] = ()) -> str:
+    head = ["\n".join(sorted({*imports})) + "\n"] if imports else []
+    return "\n\n".join([*head, *codes])
 
 
 def quoted_name(rng: random.Random, name: str) -> str:
@@ -109,6 +122,12 @@ def place(rng: random.Random, module_path: str) -> str:
     return rng.choice(["", "", "", "src/", "lib/", "app/"]) + rng.choice([name, name, (path.parent / name).as_posix()])
 
 
+def home(rng: random.Random, first: Snippet, second: Snippet) -> str:
+    """Where two functions lie: in the module they share, or where all sorts of functions are kept."""
+    own = first.function.module.name == second.function.module.name
+    return place(rng, first.function.module.path if own else rng.choice(["utils.py", "helpers.py", "common.py", "misc.py"]))
+
+
 # ---- steps
 
 
@@ -117,9 +136,9 @@ def grep_step(function: Function, path: str, situation: str = "search", scoped: 
     return Step(situation, "Grep", args, expect=f"{path}:{function.line}:")
 
 
-def read_part(function: Function, path: str, situation: str = "read") -> Step:
+def read_part(function: Function, path: str) -> Step:
     limit = min(READ_LIMIT, function.end_line - function.line + 1)
-    return Step(situation, "Read", {"file_path": path, "offset": str(function.line), "limit": str(limit)}, expect=f"{function.line:>5}→")
+    return Step("read_part", "Read", {"file_path": path, "offset": str(function.line), "limit": str(limit)}, expect=f"{function.line:>5}→")
 
 
 def read_step(path: str) -> Step:

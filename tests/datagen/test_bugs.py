@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 
 from datagen import bugs
-from datagen.bugs import fix, proven, with_examples
-from datagen.code_changes import BUGS, Unsuitable, guard, missing_return, off_by_one, operator
+from datagen.bugs import fix, presentable, proven, with_examples
+from datagen.code_changes import BUGS, Unsuitable, default, guard, missing_return, off_by_one, operator, rename
 from datagen.code_seeds import by_module, read_code
 from datagen.from_code import timed_out
 from datagen.rollouts import execute, perform, scratch
@@ -158,6 +158,19 @@ def test_the_changes_of_a_function():
     ):
         with pytest.raises(Unsuitable):
             make(random.Random(1), other, "f", "")
+
+
+def test_changes_are_such_as_people_make():
+    for number in range(40):
+        rng = random.Random(number)
+        with pytest.raises(Unsuitable):
+            operator(rng, "def f(a):\n    return a + '!'\n")
+        with pytest.raises(Unsuitable):
+            default(rng, "def f(a=None, b='x'):\n    return a\n")
+        assert {default(rng, f"def f(a={old}):\n    return a\n").slots["new"] for old in ("True", "0", "70")} == {"False", "1", "80"}
+        assert rename(rng, "def getItem(a):\n    return a\n", "getItem", "").slots["new"] == "get_item"
+        assert rename(rng, "def getItem(a):\n    return get_item(a)\n", "getItem", "").slots["new"] != "get_item"
+    assert presentable("'a'") and presentable("[1]") and not presentable("'[1]'") and not presentable("''")
 
 
 def test_examples_go_into_the_docstring_or_make_one(pool):

@@ -5,7 +5,18 @@ import re
 import pytest
 
 from datagen import code_seeds
-from datagen.code_seeds import brief, chat_seeds, first_sentence, imperative, is_held_out, read_code, split, third_person
+from datagen.code_seeds import (
+    brief,
+    chat_seeds,
+    first_sentence,
+    imperative,
+    imports_of,
+    is_held_out,
+    outside,
+    read_code,
+    split,
+    third_person,
+)
 from datagen.phrases import REQUESTS, ask
 from soul.errors import UserError
 
@@ -104,6 +115,9 @@ def test_train_and_held_out_share_no_module(stdlib):
         ("Copies data from src to dst", "copy data from src to dst", "copies data from src to dst"),
         ("Pushes the item", "push the item", "pushes the item"),
         ("Display a page", "display a page", "displays a page"),
+        ("Read a file and parse its XML parts", "read a file and parse its XML parts", "reads a file and parses its XML parts"),
+        ("Get the key, return None without one", "get the key, return `None` without one", "gets the key, returns `None` without one"),
+        ("Set sys.modules['a'] to None", "set `sys.modules['a']` to `None`", "sets `sys.modules['a']` to `None`"),
         ("An iterator over parts", "", ""),
         ("Return", "", ""),
     ],
@@ -116,6 +130,26 @@ def test_first_sentence_takes_plain_sentences_only():
     assert first_sentence("Return a list.  Then more.\n\nEven more.") == "Return a list"
     assert first_sentence("Split a path\nat its end.") == "Split a path at its end"
     assert first_sentence("f(x) -> y") == first_sentence("See <b>this</b> page now") == first_sentence("") == ""
+    assert first_sentence("Does the server know it?") == first_sentence("Return the version, e.g. 1.0 or 2.") == ""
+    assert first_sentence("Send `data' to the server.") == ""
+
+
+def test_what_a_function_takes_from_around_it():
+    code = "def f(a, b=LIMIT):\n    import os\n    global seen\n    seen = a\n    c = [g(x) for x in a if len(x)]\n    return os.sep + f(c) + re.sub(a, b, c)\n"
+    assert outside(code) == {"LIMIT", "g", "re", "seen"}
+    assert outside("def f():\n    nonlocal a\n") == {"?"}
+    assert outside(f"import re\nfrom x import g\nLIMIT = seen = 2\n{code}") == set()
+    assert imports_of(ast.parse("import a.b, c as d\nfrom e import f as g, h\nfrom . import i\n").body) == (
+        "from e import f as g", "from e import h", "import a.b", "import c as d",
+    )  # fmt: skip
+
+
+def test_two_sentences_are_not_asked_as_one_question():
+    slots = {mark: mark for mark in ("name", "file", "doc", "sig", "new", "old")}
+    for kind in ("add", "docstring", "off_by_one"):
+        for seed in range(200):
+            text = ask(random.Random(seed), kind, **slots)
+            assert not (text.endswith("?") and re.search("[.;:] ", text)), text
 
 
 def test_chat_seeds_are_varied_and_depend_on_the_seed_alone(stdlib):

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from datagen import bugs, convert, from_code, mistakes
 from datagen.code_changes import Unsuitable
 from datagen.convert import Config, convert_rows, main
-from datagen.edits import enclosing, hunks, occurrences, subject, task_of
+from datagen.edits import enclosing, follows, hunks, occurrences, subject, task_of, touched
 from datagen.instruct import (
     Columns,
     Item,
@@ -23,12 +23,11 @@ from datagen.instruct import (
     code_given,
     file_name,
     main_name,
-    python_in,
     read_items,
     small_project,
     text_of,
-    without_comments,
 )
+from datagen.python_text import python_in, with_data, without_comments
 from datagen.replay import replay
 from datagen.rollouts import ABOUT_CALLS, WRONG_CALLS, execute, perform, scratch
 from soul import conversation, rows
@@ -191,6 +190,67 @@ def test_a_commit_message_becomes_a_request_or_nothing(message, said):
     assert subject(message, "pkg/a.py") == said
 
 
+def test_a_message_of_the_files_name_and_little_else_says_nothing():
+    for message in ("Update Guess the number.py", "fix guess-the-number.py 1 errors", "Add files via upload", "fix the function"):
+        assert subject(message, "games/guess_the_number.py") == ""
+    assert subject("fix guess_the_number for negative input", "games/guess_the_number.py")
+
+
+@pytest.mark.parametrize(
+    ("what", "new", "enough"),
+    [
+        ("use https for the url", 'url = "https://a.org/"', True),
+        ("fix the url", 'url = "http://a.org/v1/73a9021"', False),  # nobody knows these digits
+        ("update the url", 'url = "http://elsewhere.org/"', False),
+        ("update the url to elsewhere.org", 'url = "http://elsewhere.org/"', True),
+        ("remove the path", 'url = ""', True),
+        ("fix the url", "shared, hidden, remote, parsed, joined = split(url)", False),
+        ("add more urls", "shared, hidden, remote, parsed, joined = split(url)", True),
+    ],
+)
+def test_words_alone_are_a_request_only_where_the_edit_follows_from_them(what, new, enough):
+    before = 'def split(url):\n    return url\n\n\nurl = "http://a.org/"\n'
+    after = before.replace('url = "http://a.org/"', new)
+    assert follows(what, before, list(hunks(before, after))) is enough
+    item = Item(0, "made", what, before=before, after=after, path="a.py")
+    for seed in range(20):
+        task = task_of(random.Random(seed), item, [], Mixture(TOOLS, bash=0.0), lambda code: True)
+        assert enough or new in task.request, task.request
+
+
+def test_a_search_is_for_what_the_request_names_or_quotes():
+    before = long_file("items")
+    after = before.replace("continue", "break", 5)[::-1].replace("kaerb", "eunitnoc", 4)[::-1]  # in merge_items alone
+    said: dict[str, set] = {}
+    for seed in range(60):
+        for message in ("stop at the first None in the loop", "wip"):
+            item = Item(0, "made", message, before=before, after=after, path="pkg/items.py", symbol="count_items")
+            task = task_of(random.Random(seed), item, [], Mixture(TOOLS, bash=0.0), lambda code: True)
+            first = task.steps[0]
+            named, patched = "count_items" in task.request.partition("```")[0], "```diff" in task.request
+            said.setdefault("named" if named else "patched" if patched else "file", set()).add((first.tool, first.args.get("pattern", "")))
+            assert patched is ("offset" in first.args)  # a patch has line numbers
+    assert said == {"named": {("Grep", "def count_items")}, "patched": {("Read", "")}, "file": {("Read", "")}}
+    item = replace(item, after=before.replace("import os", "import sys"), symbol="")
+    for seed in range(9):
+        task = task_of(random.Random(seed), item, [], Mixture(TOOLS, bash=0.0), lambda code: True)
+        assert task.steps[0].args["pattern"] == "import os"
+
+
+def test_a_closing_names_a_definition_only_where_all_of_the_change_is_in_it():
+    text = function("one", "items") + "\n\n" + function("two", "items")
+    for after, names in [
+        (text.replace("limit=10", "limit=20", 1), {"one"}),
+        (text.replace("limit=10", "limit=20"), {"one", "two"}),
+        (text.replace("def two", "def three"), {"two", "three"}),
+        ("import os\n" + text, {""}),
+    ]:
+        assert touched(text, after) == names
+    item = Item(0, "made", "remove the obsolete function two", before=text, after=function("one", "items"), path="a.py")
+    task = task_of(random.Random(1), item, [], Mixture(TOOLS, bash=0.0), lambda code: True)
+    assert task.steps[-1].situation == "reworked" and task.slots["name"] == "a"
+
+
 def test_a_path_that_could_reach_a_shell_is_not_taken():
     for path in ("a; rm -rf x.py", "../a.py", "-c.py", "$(x).py"):
         item = Item(0, "made", "rename the thing to another", before="a = 1\n", after="a = 2\n", path=path)
@@ -230,7 +290,31 @@ def test_names_of_files():
     assert file_name("", "def helper():\n    pass\n\n\nclass HTTPServer:\n    pass\n") == "http_server.py"
     assert file_name("", "import json\n\n\ndef json():\n    pass\n") == "json_tools.py"
     assert file_name("Print the multiplication table of seven", "print(7)") == "multiplication_table.py"
+    assert file_name("Please create a loop that prints out the even numbers. However, skip 4", "print(2)") == "even_numbers.py"
+    assert file_name("Edit the following code so that it works", "squares = []\n") == "squares.py"
+    assert file_name("", "def get_permutations_without_duplicates():\n    pass\n") == "get_permutations.py"
+    assert file_name("", "def validate_IPv4():\n    pass\n") == "validate_ipv4.py"
     assert main_name("write load()", "def load():\n    pass\n\n\ndef save():\n    pass\n") == "load"
+    assert main_name("count the primes", "def count():\n    return is_prime()\n\n\ndef is_prime():\n    pass\n") == "count"
+    assert main_name("zigzag through a tree", "class Node:\n    pass\n\n\ndef zigzag():\n    pass\n") == "zigzag"
+
+
+def test_what_a_request_brings_is_changed_or_used_or_left_in_it():
+    values, loop = "squares = []\n", "for n in range(3):\n    squares.append(n)\n"
+    assert code_given(Item(0, "m", f"Use a comprehension.\n{values}{loop}")) == (values + loop, "Use a comprehension.\n")
+    assert code_given(Item(0, "m", "Edit the given code to add 4.", "a = [1]"))[0] == "a = [1]\n"
+    for request, context in [("Sort the list.", "a = [1]"), ("Translate it to Python", "function f() {\n  return 1;\n}"),
+                             ("Write a class", "a = A()\na.run()"), (f"Loop.\n# Erroneous Code\n{loop}", "")]:  # fmt: skip
+        assert code_given(Item(0, "m", request, context)) == ("", "")
+    code = "import re\n\n\ndef f(a):\n    return a\n\n\n"
+    assert with_data(f"{code}print(f(a))\n", "a = [1]") == f"{code}a = [1]\nprint(f(a))\n"
+    for kept in (f"{code}a = 2\nprint(f(a))\n", code, f"{code}print(list(f(1)))\n"):
+        assert with_data(kept, "list = [1]" if "list" in kept else "a = [1]") == kept
+
+
+def test_a_project_has_what_responses_define_and_not_what_they_run():
+    made = "import re\n\n\ndef load():\n    return re\n"
+    assert small_project([Item(0, "m", "q", "", f"{made}\n\n# Try it:\nprint(load())\n")]) == [("load.py", made)]
 
 
 def test_comments_go_only_where_the_program_stays_the_same():
@@ -243,7 +327,7 @@ def test_comments_go_only_where_the_program_stays_the_same():
 def test_a_soul_that_wants_few_comments_gets_few():
     soul = load_soul("soul/SOUL.md")
     code = "# one\nx = 1\n# two\ny = 2\n# three\nprint(x + y)\n"
-    done, _, _ = convert_rows(soul, [Item(0, "made", "Add two numbers in Python.", "", code)], 0)
+    done, _, _ = convert_rows(soul, [Item(0, "made", "Add two numbers in Python.", "", code)], 0, mixture=Mixture(TOOLS, mistakes=0.0))
     (made,) = [args["new_string"] for message in done[0]["messages"] for name, args in conversation.named_calls(message) if name == "Edit"]
     assert "#" not in made and ast.dump(ast.parse(made)) == ast.dump(ast.parse(code))
 
@@ -252,6 +336,7 @@ def test_rows_in_another_language_or_without_code_are_counted():
     soul = load_soul("soul/SOUL.md")
     found = [Item(0, "m", "Say hello in JavaScript", "", 'console.log("hello")'), Item(1, "m", "How many legs?", "", "8"),
              Item(2, "m", "Explain it", "", "It is a list of names.")]  # fmt: skip
+    assert not convert_rows(soul, [Item(3, "m", "Explain how a loop works in Python", "", "for i in range(3):\n    print(i)\n")], 0)[0]
     done, _, stats = convert_rows(soul, found, 0)
     assert not done and sum(stats["dropped"].values()) == 3 and convert.yielded(stats)["python"] == 0
 
@@ -274,7 +359,7 @@ def test_each_recovery_is_made_and_runs_as_planned(make):
             lambda code: True,
         )
         if made := make(rng, task):
-            assert "recover" in made.kind and len(made.steps) > len(task.steps)
+            assert "recover" in made.kind and len(made.steps) > len(task.steps) and not mistakes.wrong_calls(rng, made)
             results = execute(made)
             assert any(text == REJECTED or text.startswith("error: ") or "exit code" in text for text in results)
             outcomes.append(made)
@@ -373,13 +458,14 @@ def test_a_file_that_is_missing_is_not_looked_for_on_the_hub(tmp_path):
 
 def test_code_is_run_where_that_was_asked_for_and_only_code_that_prints_the_same():
     soul, mixture = load_soul("soul/SOUL.md"), Mixture(TOOLS, bash=1.0, run=True, mistakes=0.0)
-    codes = ["print(6 * 7)\n", "import time\n\nprint(time.time())\n", "print(object())\n"]
+    silent = ["print(1)  # Output: 2\n", "for n in ():\n    print(n)\n"]
+    codes = ["print(6 * 7)\n", "import time\n\nprint(time.time())\n", "print(object())\n", *silent]
     found = [Item(n, "m", f"Print something {n} times.", "", code) for n, code in enumerate(codes)]
     done, _, stats = convert_rows(soul, found, 0, mixture=mixture)
     commands = [
         args["command"] for row in done for message in row["messages"] for name, args in conversation.named_calls(message) if name == "Bash"
     ]
-    assert [command.split()[1] for command in commands if "python3" in command] == ["something_times.py", "-m", "-m"], stats
+    assert [command.split()[1] for command in commands if "python3" in command] == ["something.py", *["-m"] * 4], stats
     assert any(message["content"] == "42" for message in done[0]["messages"])
 
 

@@ -3,6 +3,7 @@
 import ast
 import hashlib
 import random
+import re
 from contextlib import suppress
 from pathlib import Path
 
@@ -10,9 +11,9 @@ import pytest
 
 from datagen import convert
 from datagen.code_changes import Unsuitable
-from datagen.code_seeds import read_code, split
+from datagen.code_seeds import outside, read_code, split
 from datagen.convert import Config, build_rollouts, main
-from datagen.from_code import KINDS, Pool, Step, Task, held_out_tasks
+from datagen.from_code import KINDS, Pool, Step, Task, add, answer, create, edit, held_out_tasks, misplaced, not_unique
 from datagen.phrases import REMARKS, Voice
 from datagen.rollouts import JUDGMENTS, execute, length
 from soul import conversation, rows
@@ -84,6 +85,8 @@ def test_pairs_differ_in_prose_or_in_the_call_and_never_in_both(built):
         if pair["reason"] in JUDGMENTS:
             assert [len(calls) for calls in calls_of] == ([0, 1] if pair["reason"] == "needless_call" else [1, 0])
             assert not broken and not pair["principles"]  # the voice is right on both sides: only the call can be learned
+            for call in calls_of[1]:
+                assert re.fullmatch(r"def \w+", conversation.arguments(call)["pattern"])  # what one would type, so no dotted name
         else:
             assert calls_of[0] == calls_of[1]
             assert set(pair["principles"]) <= broken and pair["principles"]
@@ -116,6 +119,51 @@ def test_every_kind_is_made_and_most_draws_hold(functions):
             if done == 3:
                 break
         assert done, make.__name__
+
+
+def drawn(make, pool, n=80):
+    for seed in range(n):
+        with suppress(Unsuitable):
+            yield make(random.Random(seed), pool)
+
+
+def test_what_the_agent_writes_itself_names_only_what_is_there(functions):
+    pool, seen = Pool(functions[0]), {add: 0, create: 0, answer: 0}
+    for make in seen:
+        for task in drawn(make, pool):
+            text = next(iter(task.final.values()), task.steps[-1].body.partition("```python\n")[2].rstrip("`"))
+            if text and (make is create or "def " not in task.request):
+                made = next(node for node in ast.parse(text).body if getattr(node, "name", "") == task.slots["name"])
+                assert not outside(ast.unparse(made)) & outside(text), task
+                seen[make] += 1
+    assert min(seen.values()) >= 5, seen
+
+
+def test_functions_lie_together_only_where_they_belong(functions):
+    pool = Pool(functions[0])
+    names = [{snippet.function.name for snippet in group} for group in pool.short.values()]
+    for make in (add, edit, not_unique):
+        for task in drawn(make, pool):
+            ((path, text),) = task.files.items()
+            defined = {node.name for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)} | {task.slots["name"]}
+            own = any(defined <= module for module in names)
+            assert own or Path(path).stem in ("utils", "helpers", "common", "misc"), task
+
+
+def test_a_rename_looks_for_callers_first_and_breaks_none(functions):
+    pool, renames = Pool(functions[0]), 0
+    for task in drawn(edit, pool, 150):
+        tools = [step.tool for step in task.steps]
+        assert tools == (["Read", "Grep", "Edit", ""] if task.kind == "edit_rename" else ["Read", "Edit", ""])
+        if task.kind == "edit_rename":
+            renames += len(re.findall(rf"\b{task.slots['name']}\b", *task.files.values())) == 1
+    assert renames > 5
+
+
+def test_a_wrong_path_is_one_that_someone_might_type():
+    found = {misplaced(random.Random(seed), path) for seed in range(30) for path in ("src/tasks.py", "process.py", "ast.py", "query.py")}
+    assert {"task.py", "processes.py", "asts.py", "queries.py", "core/tasks.py", "pkg/src/tasks.py"} <= found
+    assert not any("my_" in path or "ss." in path for path in found - {"core/process.py", "tools/process.py", "pkg/process.py"})
 
 
 def test_a_task_that_does_not_run_as_planned_is_dropped():
