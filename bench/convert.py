@@ -9,7 +9,7 @@ clock of the command's own pool.
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import tyro
@@ -26,7 +26,7 @@ class Config:
     """Measure `soulsmith convert`."""
 
     dataset: tuple[str, ...] = ()
-    rows: int = 400
+    rows: int = 1000
     rounds: int = 3
     soul: str = "soul/SOUL.md"
 
@@ -44,12 +44,15 @@ def best(rounds: int, make: Callable[[], int]) -> float:
 def main(config: Config) -> None:
     soul, cores = load_soul(config.soul), len(os.sched_getaffinity(0))
     functions = split(read_code("stdlib"))[0]
-    print(f"from code: {best(config.rounds, lambda: len(build_rollouts(soul, functions, config.rows)[0])):,.0f} rollouts/s per core")
+    without = replace(soul, tools=tuple(tool for tool in soul.tools if tool != "Bash"))
+    for kinds, spec in (("all kinds", soul), ("those without Bash", without)):
+        rate = best(config.rounds, lambda spec=spec: len(build_rollouts(spec, functions, config.rows)[0]))
+        print(f"from code, {kinds}: {rate:,.0f} rollouts/s per core")
     for name in config.dataset:
         items = list(islice(read_items(name, Columns()), config.rows * 2))
         for bash in (0.0, 1.0):
             mixture = Mixture(frozenset(soul.tools), bash)
-            maker = Converter(soul, small_project(items), mixture, 0, 12_000)
+            maker = Converter(soul, small_project(items), mixture, 0, 12_000, "row")
             part = items if not bash else items[:60]
             found = [item for item in part if (row := maker.build(item)[2]) and (not bash or str(row["messages"]).count('"command"') == 1)]
             rate = best(config.rounds, lambda maker=maker, found=found: sum(maker.build(item)[2] is not None for item in found))
