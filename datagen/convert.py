@@ -25,8 +25,7 @@ from datagen.code_changes import Unsuitable
 from datagen.code_seeds import Function, read_code, split
 from datagen.edits import task_of
 from datagen.from_code import KINDS, Pool, Task
-from datagen.generate import BestOf, Cai, CritiqueRevise, Distill, Docs, Introspect
-from datagen.generate import Config as Generate
+from datagen.generate import OwnRecipe
 from datagen.instruct import FOREIGN, NO_PYTHON, Columns, Item, Mixture, Project, read_items, small_project
 from datagen.mistakes import with_mistake
 from datagen.remarks import Remarks
@@ -50,7 +49,7 @@ Attempt = tuple[str, str, dict | None, dict | None]  # kind, reason, row, pair; 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Generate):
+class Config(OwnRecipe):
     """Make tool rollouts from real code or from a data set; every tool result comes from executing the tool."""
 
     soul: Path = Path("soul/SOUL.md")
@@ -67,7 +66,7 @@ class Config(Generate):
     from_package: str = ""
     """An installed package to take the code from, instead of --from-code."""
     dataset: tuple[str, ...] = ()
-    """Instruct or edit data sets instead of code: .jsonl, .json or .parquet files, folders, or names on the Hub."""
+    """Instruct or edit data sets instead of code: .jsonl, .jsonl.gz, .json or .parquet files, folders, or names on the Hub."""
     columns: Columns = field(default_factory=Columns)
     n: int = 400
     """How many rollouts, of each data set; 0 for all that a data set gives."""
@@ -88,18 +87,9 @@ class Config(Generate):
     """Longest answer of the teacher, which has all remarks of a rollout, in tokens."""
     # settings of generate that mean nothing here
     seeds: Suppress[Path] = Path()
-    recipe: Suppress[str] = "critique-revise"
-    student: Suppress[str] = ""
     limit: Suppress[int | None] = None
     dedup: Suppress[float | None] = None
     against: Suppress[tuple[Path, ...]] = ()
-    since: Suppress[Path | None] = None
-    critique_revise: Suppress[CritiqueRevise] = field(default_factory=CritiqueRevise)
-    distill: Suppress[Distill] = field(default_factory=Distill)
-    best_of: Suppress[BestOf] = field(default_factory=BestOf)
-    introspect: Suppress[Introspect] = field(default_factory=Introspect)
-    docs: Suppress[Docs] = field(default_factory=Docs)
-    cai: Suppress[Cai] = field(default_factory=Cai)
 
     @property
     def most(self) -> int:

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 
+from tyro.conf import Suppress
+
 from datagen import dedup, recipes, since
 from datagen.budget import Budget
 from datagen.engine import Engine, Policy, Recipe
@@ -39,7 +41,7 @@ class Config:
     """Make a dataset: a teacher drafts, the checks and a critic find faults, the teacher revises; writes OUT/data."""
 
     seeds: Path
-    """Requests to answer: .jsonl or .parquet (`messages`, or `prompt`), .txt with one a line, or hf:DATASET[:SPLIT]."""
+    """Requests to answer: .jsonl, .jsonl.gz or .parquet (`messages`, or `prompt`), .txt with one a line, or hf:DATASET[:SPLIT]."""
     teacher: str
     """openrouter:MODEL, openai:MODEL, vllm:MODEL, local:smollm2-135m, or http://HOST:PORT/v1#MODEL."""
     out: Path
@@ -96,6 +98,21 @@ class Config:
     docs: Docs = field(default_factory=Docs)
     cai: Cai = field(default_factory=Cai)
     vllm: Serve = field(default_factory=Serve)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnRecipe(Config):
+    """The same teachers, money and pace for a command that brings its own recipe: the settings of the others mean nothing to it."""
+
+    recipe: Suppress[str] = "critique-revise"
+    student: Suppress[str] = ""
+    since: Suppress[Path | None] = None
+    critique_revise: Suppress[CritiqueRevise] = field(default_factory=CritiqueRevise)
+    distill: Suppress[Distill] = field(default_factory=Distill)
+    best_of: Suppress[BestOf] = field(default_factory=BestOf)
+    introspect: Suppress[Introspect] = field(default_factory=Introspect)
+    docs: Suppress[Docs] = field(default_factory=Docs)
+    cai: Suppress[Cai] = field(default_factory=Cai)
 
 
 @dataclass(frozen=True)

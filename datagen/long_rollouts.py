@@ -13,14 +13,11 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from tyro.conf import Suppress
-
 from datagen import generate
 from datagen.critique import ask_critic
 from datagen.engine import Recipe
 from datagen.export import export
-from datagen.generate import BestOf, Cai, CritiqueRevise, Distill, Docs, Introspect, Session
-from datagen.generate import Config as Generate
+from datagen.generate import OwnRecipe, Session
 from datagen.journal import Journal
 from datagen.plan import price
 from datagen.playing import Ended, Play, Stage, accepted, difference
@@ -41,7 +38,7 @@ GOLD_CHARS = 8_000  # of one approved rollout in a prompt
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Generate):
+class Config(OwnRecipe):
     """Make long tool rollouts: a teacher writes projects, works on them with real tools, and plays the user; writes OUT/data."""
 
     seeds: Path = DOMAINS
@@ -63,16 +60,6 @@ class Config(Generate):
     pilot: int = 0
     """Only price the run: play this many of the scenarios, which it then doesn't play again."""
     play: Play = field(default_factory=Play)
-    # settings of generate that mean nothing here
-    recipe: Suppress[str] = "critique-revise"
-    student: Suppress[str] = ""
-    since: Suppress[Path | None] = None
-    critique_revise: Suppress[CritiqueRevise] = field(default_factory=CritiqueRevise)
-    distill: Suppress[Distill] = field(default_factory=Distill)
-    best_of: Suppress[BestOf] = field(default_factory=BestOf)
-    introspect: Suppress[Introspect] = field(default_factory=Introspect)
-    docs: Suppress[Docs] = field(default_factory=Docs)
-    cai: Suppress[Cai] = field(default_factory=Cai)
 
 
 def rollouts(options: Play, soul: Soul, prompts: Prompts, gold: list[str], sandbox: object) -> Recipe:

@@ -33,7 +33,8 @@ def free_memory() -> int:
     if not Path("/proc/meminfo").exists():
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") - resident()
     free = [1024 * int(line.split()[1]) for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable:")]
-    return min(free + [room for line in Path("/proc/self/cgroup").read_text().splitlines() for room in group_room(line)])
+    groups = Path("/proc/self/cgroup")  # a kernel without control groups has none
+    return min(free + [room for line in (groups.read_text().splitlines() if groups.exists() else ()) for room in group_room(line)])
 
 
 def group_room(line: str, root: Path = Path("/sys/fs/cgroup")) -> list[int]:

@@ -34,6 +34,13 @@ def test_available_memory_is_less_than_the_machine_has():
     assert 0 < free_memory() <= total and 0 < resident() < total
 
 
+def test_a_machine_without_control_groups_has_what_it_says(monkeypatch):
+    exists = Path.exists
+    monkeypatch.setattr(Path, "exists", lambda path: str(path) != "/proc/self/cgroup" and exists(path))
+    monkeypatch.setattr(machine, "group_room", lambda line: pytest.fail("asked"))
+    assert free_memory() > 0
+
+
 def test_malloc_keeps_blocks_of_up_to_an_eighth_of_the_free_memory(monkeypatch):
     monkeypatch.setattr(machine, "free_memory", lambda: 16_000_000_000)
     settings = dict(part.rsplit("=", 1) for part in malloc_settings().split(":"))
