@@ -77,6 +77,7 @@ def soulsmith(config: Config) -> float:
     import aiohttp  # noqa: F401  what a run imports by itself, as the bare client does before its time begins
     import httpx2  # noqa: F401
     import openai  # noqa: F401
+    import pandas  # noqa: F401  Arrow's first conversion imports it
     import pyarrow.parquet  # noqa: F401
 
     from datagen.generate import Config as Generate

@@ -326,6 +326,12 @@ class Engine:
         if lease is None:
             raise Stopped
         cost = most = most_usd(service.price, ask.prompt_tokens, ask.max_tokens) if service.price else None
+
+        def release() -> None:
+            nonlocal lease
+            if lease is not None:
+                lease = service.admission.release(lease, ok=_good(verdict), tokens=_tokens(verdict))
+
         try:
             if self.budget:
                 held = await self.budget.reserve(most)
@@ -342,7 +348,7 @@ class Engine:
             self.journal.record(ask.request, answer, verdict, stage=ask.stage, row_id=ask.row_id, charged=cost, flight=flight)
             service.judge(verdict, lease)
             if verdict.final:
-                await self.journal.durable()
+                await self.journal.durable(release)
             return verdict
         except UserError as error:  # before the lease goes to the next call
             self.fail(error)
@@ -350,9 +356,8 @@ class Engine:
         finally:
             if held is not None:
                 self.budget.settle(held, cost)
-            good = verdict is not None and verdict.outcome not in ("rate_limited", "transient")
-            service.admission.release(lease, ok=good, tokens=_tokens(verdict))
-            if not good:
+            release()
+            if not _good(verdict):
                 self._tell()
 
     def _read(self, answer: Answer, ask: _Ask) -> Verdict:
@@ -386,6 +391,10 @@ class Engine:
 
 def _accepted(results: list) -> bool:
     return any(kind != "rejected" for kind, _ in results)
+
+
+def _good(verdict: Verdict | None) -> bool:
+    return verdict is not None and verdict.outcome not in ("rate_limited", "transient")
 
 
 def _tokens(verdict: Verdict | None) -> int | None:

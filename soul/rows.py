@@ -17,6 +17,12 @@ KINDS = ("sft", "preference", "rejected", "docs")
 
 
 @cache
+def columns(kind: str) -> dict:
+    """The Arrow type of each column of `kind`."""
+    return {field.name: field.type for field in schema(kind)}
+
+
+@cache
 def schema(kind: str):
     """The Arrow schema of `kind`; `arguments` is a JSON string, `files` the workspace that a rollout starts from."""
     import pyarrow as pa

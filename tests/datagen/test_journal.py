@@ -116,6 +116,43 @@ def test_waiting_answers_share_one_commit(tmp_path):
     journal.close()
 
 
+def test_what_ends_with_a_commit_comes_after_it_and_before_those_who_wait(tmp_path):
+    journal, order = Journal(tmp_path), []
+    commit = journal.commit
+    journal.commit = lambda: (commit(), order.append("commit"))
+
+    async def one(n):
+        put(journal, ask(n), OK)
+        await journal.durable(lambda: order.append(f"lease {n}"))
+        order.append(f"row {n}")
+
+    async def both():
+        await asyncio.gather(one(1), one(2))
+        await one(3)
+
+    asyncio.run(both())
+    assert order == ["commit", "lease 1", "lease 2", "row 1", "row 2", "commit", "lease 3", "row 3"]
+    journal.close()
+
+
+def test_a_commit_that_fails_ends_no_lease(tmp_path):
+    journal, ended = Journal(tmp_path), []
+
+    def full():
+        raise UserError("the disk is full")
+
+    async def one():
+        put(journal, ask(1), OK)
+        await journal.durable(lambda: ended.append(1))
+
+    commit, journal.commit = journal.commit, full
+    with pytest.raises(UserError, match="disk is full"):
+        asyncio.run(one())
+    assert not ended
+    journal.commit = commit
+    journal.close()
+
+
 STEPS = st.lists(
     st.one_of(
         st.tuples(st.just("put"), st.integers(0, 4), st.sampled_from(["ok", "empty", "limit"])),
