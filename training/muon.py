@@ -9,12 +9,15 @@ Our matrices are (in, out); papers and nanochat store (out, in). What they call 
 import math
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
+
+from model import ops
 
 F32 = jnp.float32
 TINY = 1e-12  # below any gradient that matters: the direction must not depend on the scale of the loss
@@ -36,34 +39,36 @@ class MuonState(NamedTuple):
     second: Any
 
 
-def _product(a, b, axis_b, kind):
-    """Products of stacks k?? in fp32, a's last axis with `axis_b` of b."""
-    return lax.dot_general(a.astype(kind), b.astype(kind), (((2,), (axis_b,)), ((0,), (0,))), preferred_element_type=F32)
-
-
 def orthogonal(x_kio: jax.Array, compute: str = "fp32") -> jax.Array:
     """The nearest semi-orthogonal matrix of each of K, to about 1 %: singular values go to 1. Zero stays zero.
 
-    Works on the wide form, so that the product X Xᵀ is the small one and no left operand is transposed (see `ops._row_major`).
+    On CPU one matrix after the other, whose products then stay in cache: at depth 6 that took 0.48 -> 0.32 s, with what `_polar` says.
     """
-    kind = jnp.bfloat16 if compute == "bf16" else F32
-    tall = x_kio.shape[1] > x_kio.shape[2]
-    x_kmn = x_kio.swapaxes(1, 2) if tall else x_kio
-    x_kmn = x_kmn / (1.01 * _norm(x_kmn) + TINY)
+    polar = partial(_polar, kind=jnp.bfloat16 if compute == "bf16" else F32)
+    return lax.map(polar, x_kio) if jax.default_backend() == "cpu" else jax.vmap(polar)(x_kio)
+
+
+def _polar(x_io: jax.Array, kind) -> jax.Array:
+    """Works on the wide form, so that the product X Xᵀ is the small one and no left operand is transposed; a tall matrix is written out anew
+    for it, or XLA would keep it as it lies and take each product the slow way (on 1,024 × 384 at 130 instead of 350 GFLOP/s)."""
+    tall = x_io.shape[0] > x_io.shape[1]
+    x_mn = ops.row_major(x_io.T) if tall else x_io
+    x_mn = x_mn / (1.01 * _norm(x_mn) + TINY)
     for a, b, c in POLAR_EXPRESS:
-        square_kmm = _product(x_kmn, x_kmn, 2, kind)
-        x_kmn = a * x_kmn + _product(b * square_kmm + c * _product(square_kmm, square_kmm, 1, kind), x_kmn, 1, kind)
-    return x_kmn.swapaxes(1, 2) if tall else x_kmn
+        square_mm = ops.dot(x_mn.astype(kind), x_mn.astype(kind), 1, 1)
+        poly_mm = b * square_mm + c * ops.dot(square_mm.astype(kind), square_mm.astype(kind), 1, 0)
+        x_mn = a * x_mn + ops.dot(poly_mm.astype(kind), x_mn.astype(kind), 1, 0)
+    return ops.row_major(x_mn).T if tall else x_mn
 
 
-def _norm(x, axis=(1, 2)):
+def _norm(x, axis=(-2, -1)):
     return jnp.sqrt(jnp.sum(x * x, axis=axis, keepdims=True))
 
 
 def direction(g_kio, second, beta2: float, compute: str) -> tuple[jax.Array, jax.Array]:
     """Momentum of K matrices of one shape -> their step (Frobenius norm √min(in, out)) and the new second moment."""
     _, rows, columns = g_kio.shape
-    g_kio = g_kio * (_norm(g_kio) / math.sqrt(columns) / jnp.maximum(_norm(g_kio, 1), TINY))  # every output counts the same
+    g_kio = g_kio * (_norm(g_kio) / math.sqrt(columns) / jnp.maximum(_norm(g_kio, -2), TINY))  # every output counts the same
     x_kio = orthogonal(g_kio, compute)
     x_kio = x_kio * (math.sqrt(min(rows, columns)) / jnp.maximum(_norm(x_kio), TINY))
     mean = jnp.mean(x_kio * x_kio, axis=_averaged(rows, columns) + 1, keepdims=True)
