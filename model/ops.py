@@ -1,4 +1,4 @@
-"""The decoder's arithmetic: products, norm, RoPE, and log-probabilities that never hold full logits."""
+"""The decoder's arithmetic: products, norm, RoPE, and log-probabilities without full logits."""
 
 import functools
 import logging
@@ -118,12 +118,13 @@ def rope_table(positions_bt, d_head: int, theta: float) -> tuple[jax.Array, jax.
 def rope(x_bthk, table) -> jax.Array:
     """Rotate the halves of each head, Hugging Face convention (element i pairs with i + h/2). The backward is the rotation by the opposite angle.
 
-    The barrier keeps the swapped halves a copy of their own: on CPU XLA works a concatenation into its neighbours element by element
+    On CPU the barrier keeps the swapped halves a copy of their own: XLA works a concatenation into its neighbours element by element there
     (padding the halves and adding them avoids that, too, but took 685 instead of 640 ms for 4 × 512 tokens at depth 6).
     """
     cos, sin = table
     x32 = x_bthk.astype(F32)
-    swapped = lax.optimization_barrier(jnp.concatenate(jnp.split(x32, 2, axis=-1)[::-1], axis=-1))
+    swapped = jnp.concatenate(jnp.split(x32, 2, axis=-1)[::-1], axis=-1)
+    swapped = lax.optimization_barrier(swapped) if jax.default_backend() == "cpu" else swapped
     return (x32 * cos + swapped * sin).astype(x_bthk.dtype)
 
 
