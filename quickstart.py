@@ -67,7 +67,33 @@ class Stage:
 
 def main(config: Config) -> int:
     soul = load_soul(config.soul)
-    return _run(stages(config, soul), config, soul)
+    todo = stages(config, soul)
+    record, pace = Record(config.out / "stages.json", todo, soul), 1.0
+    for number, stage in enumerate(todo):
+        label = f"[{number + 1}/{len(todo)}] {stage.title}"
+        begun = record.entries.get(stage.name)
+        spent = begun["seconds"] if begun else 0.0
+        if begun and begun["done"]:
+            console.print(plain(f"{label}: done before ({spent:.0f} s)", "dim"))
+            continue
+        left = pace * sum(later.minutes for later in todo[number:])
+        console.print(plain(f"{label} · about {max(1, round(left))} min left", "bold"))
+        if not begun:
+            _clear(config.out, stage)
+        started = time.monotonic()
+        record.put(stage, spent)
+        try:
+            code = stage.run()
+        finally:
+            seconds = time.monotonic() - started
+            record.put(stage, spent + seconds)
+        if code:
+            return _stopped(config, code)
+        record.put(stage, spent + seconds, done=True)
+        if stage.minutes >= 1:  # a short stage says nothing about this machine's speed
+            pace = seconds / 60 / stage.minutes
+    _tell(config, sum(entry["seconds"] for entry in record.entries.values()) / 60)
+    return 0
 
 
 def stages(config: Config, soul: Soul) -> list[Stage]:
@@ -110,7 +136,7 @@ def stages(config: Config, soul: Soul) -> list[Stage]:
         return run_command("eval", replace(evals, model=",".join([config.base, *tuned])), out)
 
     def prefer() -> int:
-        if any(len(read_rows(path)) for path in dpo.data):
+        if any(read_rows(path) for path in dpo.data):
             return run_command("dpo", dpo, out)
         console.print(plain("no preference pairs: none of this SOUL's checks tells two replies apart, so this stage is left out"))
         return 0
@@ -166,35 +192,6 @@ class Record:
         write_json(self.path, [self.entries[stage.name] for stage in self.todo if stage.name in self.entries])
 
 
-def _run(todo: list[Stage], config: Config, soul: Soul) -> int:
-    record, pace = Record(config.out / "stages.json", todo, soul), 1.0
-    for number, stage in enumerate(todo):
-        label = f"[{number + 1}/{len(todo)}] {stage.title}"
-        begun = record.entries.get(stage.name)
-        spent = begun["seconds"] if begun else 0.0
-        if begun and begun["done"]:
-            console.print(plain(f"{label}: done before ({spent:.0f} s)", "dim"))
-            continue
-        left = pace * sum(later.minutes for later in todo[number:])
-        console.print(plain(f"{label} · about {max(1, round(left))} min left", "bold"))
-        if not begun:
-            _clear(config.out, stage)
-        started = time.monotonic()
-        record.put(stage, spent)
-        try:
-            code = stage.run()
-        finally:
-            seconds = time.monotonic() - started
-            record.put(stage, spent + seconds)
-        if code:
-            return _stopped(config, code)
-        record.put(stage, spent + seconds, done=True)
-        if stage.minutes >= 1:  # a short stage says nothing about this machine's speed
-            pace = seconds / 60 / stage.minutes
-    _tell(config, sum(entry["seconds"] for entry in record.entries.values()) / 60)
-    return 0
-
-
 def _clear(out: Path, stage: Stage) -> None:
     for made in stage.makes:
         path = out / made
@@ -212,10 +209,7 @@ def _stopped(config: Config, code: int) -> int:
 
 
 def _tell(config: Config, minutes: float) -> None:
-    for label, text in (
-        ("report ", config.out / "report.html"),
-        ("dataset", f"{config.out / 'data'}  (soulsmith show {config.out})"),
-        ("chat   ", f"soulsmith chat --model {config.out}"),
-    ):
-        console.print(plain(f"{label}  {text}"))
+    console.print(plain(f"report   {config.out / 'report.html'}"))
+    console.print(plain(f"dataset  {config.out / 'data'}  (soulsmith show {config.out})"))
+    console.print(plain(f"chat     soulsmith chat --model {config.out}"))
     console.print(plain(f"{minutes:.1f} minutes in all", "dim"))

@@ -1,7 +1,6 @@
 """`soulsmith chat`: talk to a model that can Read, Edit, Grep and Bash in one directory, with your permission."""
 
 import codecs
-import dataclasses
 import json
 import os
 import signal
@@ -17,6 +16,7 @@ from agent.terminal import Terminal
 from soul import conversation
 from soul.errors import UserError
 from soul.files import disk_error, home
+from soul.settings import config_to_json
 from soul.spec import load_soul
 from soul.template import Template
 from workspace.tools import Sandbox, Workspace
@@ -65,7 +65,7 @@ def main(config: Config) -> int:
     # three characters a token is what code has; so Read pages by itself and `shorten` rarely cuts
     workspace.max_result_chars = min(workspace.max_result_chars, 3 * model.result_tokens)
     with closing(Transcript(config.transcript or _next_transcript(Path(config.model)))) as transcript:
-        transcript.write("config", json.loads(json.dumps(dataclasses.asdict(config), default=str)) | model.describe())
+        transcript.write("config", config_to_json(config) | model.describe())
         if config.yes:
             terminal.note("--yes: every call runs without asking", "bold red")
         permission = Permission(workspace, show=terminal.note, read_line=_read_line, interactive=sys.stdin.isatty(), yes=config.yes)

@@ -83,15 +83,6 @@ class _Turn:
 
     def step(self) -> Status | None:
         """One reply and the results of its calls; a status when the turn is over."""
-        reply = self._reply()
-        if reply is None:
-            return Status.malformed
-        self.messages.append(reply.message)
-        if calls := conversation.named_calls(reply.message):
-            return self._execute(calls)
-        return Status.cut if reply.cut else Status.answered
-
-    def _reply(self) -> Reply | None:
         for attempt in range(TRIES):
             reply = self.generate(self.messages, seed=self.seed, attempt=attempt)
             usable = _usable(reply)
@@ -100,21 +91,25 @@ class _Turn:
             })  # fmt: skip
             self.seed += 1
             if usable:
-                return reply
-        return None
+                break
+        else:
+            return Status.malformed
+        self.messages.append(reply.message)
+        if calls := conversation.named_calls(reply.message):
+            return self._execute(calls)
+        return Status.cut if reply.cut else Status.answered
 
     def _execute(self, calls: list[tuple[str, dict[str, str]]]) -> Status | None:
-        for index, (name, args) in enumerate(calls):
-            try:
-                status = self._call(name, args)
-            except KeyboardInterrupt:
-                status = Status.interrupted
-                self._result(INTERRUPTED, approved=None)
-            if status:
-                for _ in calls[index + 1 :]:
-                    self._result(INTERRUPTED, approved=None)
-                return status
-        return None
+        status = None
+        for name, args in calls:
+            if not status:
+                try:
+                    status = self._call(name, args)
+                    continue
+                except KeyboardInterrupt:
+                    status = Status.interrupted
+            self._result(INTERRUPTED, approved=None)
+        return status
 
     def _call(self, name: str, args: dict[str, str]) -> Status | None:
         self.on_event("call", {"name": name, "args": args})

@@ -39,13 +39,10 @@ class Terminal:
         if kind == "reply" and not data["usable"]:
             self.note(f"not a well-formed reply ({'; '.join(data['problems'][:2])})", "yellow")
         elif kind == "result":
-            self._result(data["text"])
+            text, lines = data["text"], data["text"].split("\n")
+            shown = "\n".join(f"  {line}" for line in lines[:RESULT_LINES])
+            more = f"\n  [{len(lines) - RESULT_LINES} more lines]" if len(lines) > RESULT_LINES else ""
+            self.note(shown + more, "red" if text.startswith("error: ") and text != INTERRUPTED else "dim")
         elif kind == "status":
             status = Status(data["status"])
             self.note(f"[{status}: {EXPLAINED[status]}]" if status in EXPLAINED else "", "yellow")
-
-    def _result(self, text: str) -> None:
-        lines = text.split("\n")
-        shown = "\n".join(f"  {line}" for line in lines[:RESULT_LINES])
-        more = f"\n  [{len(lines) - RESULT_LINES} more lines]" if len(lines) > RESULT_LINES else ""
-        self.note(shown + more, "red" if text.startswith("error: ") and text != INTERRUPTED else "dim")

@@ -54,11 +54,9 @@ class Lease:
 
 class Admission:
     """`most` leases at once, `rpm` requests and `tpm` tokens a minute. Deterministic for a given `clock` and `sleep`.
+    `admit` gives a lease, `release` takes it back with what became of it; `cut`, `shut_until` and `hold` slow everybody down."""
 
-    `admit` gives a lease, `release` takes it back with what became of it; `refused` and `hold` slow everybody down.
-    """
-
-    def __init__(self, most: int, *, rpm: float | None = None, tpm: float | None = None, clock=time.monotonic, sleep=asyncio.sleep):
+    def __init__(self, most: int, rpm: float | None = None, tpm: float | None = None, *, clock=time.monotonic, sleep=asyncio.sleep):
         self.most = self.limit = most
         self.in_flight, self.epoch = 0, 0
         self._clock, self._sleep = clock, sleep
@@ -71,10 +69,7 @@ class Admission:
 
     async def admit(self, tokens: int = 0, due: float | None = None) -> Lease | None:
         """Wait for a lease; `due` is the time from which a retry may go. None when the admission was closed meanwhile.
-
-        Raises:
-            UserError: when `tokens` can never fit the tokens per minute.
-        """
+        Raises UserError when `tokens` can never fit the tokens per minute."""
         if self._tokens and tokens > self._tokens.per_minute:
             what = f"one call may take {tokens:,} tokens, and --tpm allows {self._tokens.per_minute:,.0f} a minute"
             raise UserError(what, fix="Raise --tpm, or lower --max-tokens.")
@@ -148,21 +143,17 @@ class Admission:
             if future.done():  # cancelled
                 heapq.heappop(self._ready)
                 continue
-            if wait := self._wait(now, tokens):
+            takes = [(bucket, units) for bucket, units in ((self._requests, 1), (self._tokens, tokens)) if bucket]
+            if wait := max(0.0, self._gate - now, *(bucket.wait(units) for bucket, units in takes)):
                 times.append(now + wait)
                 break
             heapq.heappop(self._ready)
             self.in_flight += 1
-            for bucket, units in ((self._requests, 1), (self._tokens, tokens)):
-                if bucket:
-                    bucket.take(units)
+            for bucket, units in takes:
+                bucket.take(units)
             future.set_result(Lease(self.epoch, tokens))
         if times:
             self._wake_at(min(times))
-
-    def _wait(self, now: float, tokens: int) -> float:
-        waits = [bucket.wait(units) for bucket, units in ((self._requests, 1), (self._tokens, tokens)) if bucket]
-        return max(0.0, self._gate - now, *waits)
 
     def _wake_at(self, moment: float) -> None:
         """One sleeper for everybody who waits for a time."""

@@ -56,11 +56,8 @@ class Budget:
         return self._reserved / PICO
 
     async def reserve(self, usd: float) -> int | None:
-        """Set up to `usd` aside, in turn, when it fits; gives what `settle` takes back, None after `close`.
-
-        Raises:
-            Spent: when it does not fit and no call is in flight that could still settle for less.
-        """
+        """Set up to `usd` aside, in turn, when it fits; gives what `settle` takes back, None after `close`. Raises Spent when
+        it does not fit and no call is in flight that could still settle for less."""
         future = asyncio.get_running_loop().create_future()
         self._waiting.append((math.ceil(usd * self._factor * PICO), future))
         self._pump()

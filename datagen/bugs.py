@@ -21,7 +21,7 @@ from pathlib import Path
 from datagen.code_changes import BUGS, Change, Unsuitable
 from datagen.code_seeds import Function, by_module, parse
 from datagen.phrases import ask
-from datagen.tasks import Pool, Step, Task, edit_step, place, read_step
+from datagen.tasks import Pool, Step, Task, edit_step, grep_step, place, read_part, read_step
 from workspace.sandbox import Sandbox
 from workspace.tools import make_workspace
 
@@ -46,10 +46,6 @@ class Bug:
     wrong: tuple[tuple[str, str, str], ...]
     right: tuple[tuple[str, str], ...]
     slip: str = ""
-
-    @property
-    def module(self):
-        return self.function.module
 
 
 def calls_for(function: Function) -> list[list[str]]:
@@ -174,7 +170,7 @@ def fix(rng: random.Random, pool: Pool) -> Task:
     if slipped:
         repair = [edit_step(path, bug.change.old, bug.slip, "mend"), replace(failing, situation="confirm"),
                   edit_step(path, bug.slip, bug.change.new, "unfixed")]  # fmt: skip
-    steps = (*first, *looks(name, path, text, path in request), *repair, passing, Step("fixed" if form == "call" else "passing"))
+    steps = (*first, *looks(bug.function, path, text, path in request), *repair, passing, Step("fixed" if form == "call" else "passing"))
     kind, final = "recover_test" if slipped else f"fix_{form}", {path: text.replace(bug.change.old, bug.change.new)}
     return Task(kind, bug.function.module.name, request, files | {path: text}, steps, slots, final, (bug.change.new,))
 
@@ -184,21 +180,21 @@ def printed(value: str) -> str:
     return value[1:] if value[0] == "!" else str(ast.literal_eval(value))
 
 
-def looks(name: str, path: str, text: str, told: bool) -> list[Step]:
+def definition(text: str, name: str) -> ast.FunctionDef:
+    return next(node for node in parse(text).body if isinstance(node, ast.FunctionDef) and node.name == name)
+
+
+def looks(function: Function, path: str, text: str, told: bool) -> list[Step]:
     """How the function comes to be read: a search where the file is not told or long, and then that part of a long one."""
-    node = next(node for node in parse(text).body if isinstance(node, ast.FunctionDef) and node.name == name)
-    long = text.count("\n") > LONG_FILE
-    args = {"pattern": f"def {name}"} | ({"path": path} if told else {})
-    search = [Step("search", "Grep", args, f"{path}:{node.lineno}:")] if long or not told else []
-    if not long:
-        return [*search, read_step(path)]
-    part = {"file_path": path, "offset": str(node.lineno), "limit": str(node.end_lineno - node.lineno + 1)}
-    return [*search, Step("read_part", "Read", part, f"{node.lineno:>5}→")]
+    node, long = definition(text, function.name), text.count("\n") > LONG_FILE
+    here = replace(function, line=node.lineno, end_line=node.end_lineno)
+    search = [grep_step(here, path, scoped=told)] if long or not told else []
+    return [*search, read_part(here, path, most=text.count("\n")) if long else read_step(path)]
 
 
 def with_examples(function: Function, text: str, examples: list[tuple[str, str]]) -> str:
     """The file with these examples in the function's docstring, if that has none of its own."""
-    node = next(node for node in parse(text).body if isinstance(node, ast.FunctionDef) and node.name == function.name)
+    node = definition(text, function.name)
     first, lines, has = node.body[0], text.splitlines(), ast.get_docstring(node)
     if has and ">>>" in has:
         return text

@@ -19,12 +19,13 @@ def card(stats: dict, soul: Soul) -> str:
     configs = "\n".join(f"- config_name: {kind}\n  data_files: {kind}.parquet" for kind in rows)
     made = f"{rows['sft']} conversations and {rows['preference']} preference pairs from {stats['seeds']} requests"
     made += f", {rows['docs']} documents" if rows.get("docs") else ""
+    words = [(side, *lengths.values()) for side, lengths in stats["words"].items() if lengths]
     parts = [
         _section("What was kept out", _table(["reason", "rows"], stats["reasons"].items())),
         _section("Why some requests gave no pair", _table(["reason", "requests"], stats["no_pair"].items())) if stats["no_pair"] else "",
         _section("Principles", _principles(stats, soul)),
         _section("Pair hygiene", _hygiene(stats["hygiene"])) if stats["hygiene"] else "",
-        _section("Lengths in words", _table(["side", "mean", "median", "longest"], _lengths(stats["words"]))),
+        _section("Lengths in words", _table(["side", "mean", "median", "longest"], words)),
         _section("Calls", calls_made(stats)),
         _section("Made by", f"    {stats['command']}\n\n" + _table(["what", "sha256"], stats["hashes"].items())),
     ]
@@ -43,17 +44,6 @@ Replies by `{stats["teacher"]}`, held to `{soul.path}` by checks and critic; the
 
 def _principles(stats: dict, soul: Soul) -> str:
     """What each principle saw; margins are the principles on which a pair differs, of which it is one."""
-    head = [
-        "principle",
-        "verified by",
-        "broken on the way",
-        "repaired by program",
-        "pairs",
-        "rows blocked",
-        "seeds aimed",
-        "margin",
-        "alone",
-    ]
     margins = (stats["hygiene"] or {}).get("principle_margins", {})
     table = []
     for name, seen in stats["principles"].items():
@@ -62,7 +52,8 @@ def _principles(stats: dict, soul: Soul) -> str:
         table.append([name, ", ".join(seen["checks"]) or "critic only", *row, margin.get("median", "-"), margin.get("alone", "-")])
     gaps = f"\nGaps, no row is about them: {', '.join(stats['gaps'])}. Aim seeds at them: `soulsmith seeds --soul {soul.path}`.\n"
     told = "\nMargin: the median number of principles on which its pairs differ; alone: pairs that differ on nothing else.\n"
-    return _table(head, table) + (told if margins else "") + (gaps if stats["gaps"] else "")
+    head = ["principle", "verified by", "broken on the way", "repaired by program", "pairs", "rows blocked", "seeds aimed"]
+    return _table([*head, "margin", "alone"], table) + (told if margins else "") + (gaps if stats["gaps"] else "")
 
 
 def _hygiene(found: dict) -> str:
@@ -76,10 +67,6 @@ def _hygiene(found: dict) -> str:
     )
     looked = f"Of {found['pairs']} pairs, {found['sample']} were looked at; a probe near 0.5 sees nothing.\n\n"
     return f"{warned}{looked}{_table(['what', 'value'], rows)}{telling}"
-
-
-def _lengths(words: dict) -> list[tuple]:
-    return [(side, *lengths.values()) for side, lengths in words.items() if lengths]
 
 
 def calls_made(stats: dict) -> str:

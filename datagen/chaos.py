@@ -54,9 +54,7 @@ class Chaos:
     """The server, also for tests: `async with Chaos(config) as chaos` serves at `chaos.url`.
 
     `script(body, n)` names the fault of the n-th try (from 1) of that body, or None, and replaces --fault and --first-fails.
-
-    Raises:
-        UserError: for a fault that is not in FAULTS, shares that make no sense, or a port that is taken.
+    Raises UserError for a fault that is not in FAULTS, shares that make no sense, or a port that is taken.
     """
 
     def __init__(self, config: Config = Config(), script: Callable[[dict, int], str | None] | None = None):

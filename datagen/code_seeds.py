@@ -77,10 +77,6 @@ class Function:
         return f"{self.module.name}.{self.qualname}"
 
 
-def stdlib_root() -> Path:
-    return Path(sysconfig.get_path("stdlib"))
-
-
 def package_root(name: str) -> Path:
     """The directory (or single file) that holds an installed package's source, without importing it."""
     try:
@@ -95,7 +91,7 @@ def package_root(name: str) -> Path:
 def read_code(source: str) -> list[Function]:
     """The functions of `stdlib`, of a directory or file, or of `package:NAME`. Raises UserError when there are none."""
     prefix = source.removeprefix("package:") if source.startswith("package:") else ""
-    root = package_root(prefix) if prefix else stdlib_root() if source == "stdlib" else Path(source)
+    root = package_root(prefix) if prefix else Path(sysconfig.get_path("stdlib") if source == "stdlib" else source)
     if not root.exists():
         raise UserError("no such file or directory", where=source, fix="give a directory of Python code, or `stdlib`")
     functions = list(walk(root, prefix))
@@ -222,12 +218,12 @@ def parse(text: str) -> ast.Module:
         return ast.parse(text)
 
 
-def parses(text: str) -> bool:
+def tree_of(text: str) -> ast.Module | None:
+    """Its syntax tree, None for what is no Python."""
     try:
-        parse(text)
+        return parse(text)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return False
-    return True
+        return None
 
 
 def brief(function: Function) -> str:
@@ -331,8 +327,9 @@ def chat_prompt(rng: random.Random, function: Function) -> str:
     return ask(rng, rng.choice(["chat", "chat", "use"]), id=rng.choice([function.id, f"`{function.id}`"]))
 
 
-def by_module(functions: Iterable[Function]) -> dict[str, list[Function]]:
-    groups: dict[str, list[Function]] = {}
-    for function in functions:
-        groups.setdefault(function.module.name, []).append(function)
+def by_module(items: Iterable) -> dict[str, list]:
+    """Functions, or what has a `function`, by the names of their modules."""
+    groups: dict[str, list] = {}
+    for item in items:
+        groups.setdefault(getattr(item, "function", item).module.name, []).append(item)
     return groups

@@ -219,8 +219,6 @@ def convert_rows(
 def collect(results: Iterable[Attempt], n: int, on_row=None) -> tuple[list[dict], list[dict], dict]:
     done, pairs, dropped, seen, tried = [], [], Counter(), set(), 0
     for kind, reason, row, pair in results:
-        if n and len(done) == n:
-            break
         tried += 1
         if row and row["messages"][0]["content"] in seen:
             reason, row = "duplicate request", None
@@ -233,6 +231,8 @@ def collect(results: Iterable[Attempt], n: int, on_row=None) -> tuple[list[dict]
             pairs.append(pair)
         if on_row:
             on_row(len(done))
+        if len(done) == n:
+            break
     return done, pairs, {"wanted": n, "attempts": tried, "dropped": dict(sorted(dropped.items()))} | counts(done, pairs)
 
 
@@ -273,7 +273,7 @@ def card(soul: Soul, source: str, stats: dict) -> str:
         f"{stats['pairs'] - judged} pairs with the same calls and other prose, {judged} with the same voice and another call; "
         f"of the first, the rejected side is the longer one in {stats['longer_rejected']} of them."
     )
-    if not any(principle.checks for principle in soul.principles):
+    if not soul.verified:
         pairs += " This SOUL has no machine checks, so no pair about its voice could be verified."
     spoke = "Remarks come from phrase templates and pass every check."
     if told := stats.get("remarks"):
@@ -282,18 +282,15 @@ def card(soul: Soul, source: str, stats: dict) -> str:
             f"check. {told['unanswered']} more wait for an answer.\n\n"
             f"{counted('phrase templates spoke since', told['by_templates'])}\n\n{calls_made(told)}"
         )
-    kind, origin = ("a data set", "rows") if stats.get("yield") else ("code", "functions")
-    yields = [
-        f"| {name} | {found['rows']} | {found['python']} | {found['rollouts']} | {found['yield']} |"
-        for name, found in stats.get("yield", {}).items()
-    ]
-    table = "\n".join(["| data set | rows | with Python | rollouts | yield |", "|---|---|---|---|---|", *yields, "", ""]) if yields else ""
+    yields = [(name, *found.values()) for name, found in stats.get("yield", {}).items()]
+    gained = table(["data set", "rows", "with Python", "rollouts", "yield"], yields) + "\n\n" if yields else ""
+    kind, origin = ("a data set", "rows") if yields else ("code", "functions")
     return f"""# Tool rollouts from {kind}
 
 {stats["rollouts"]} rollouts for the SOUL `{soul.name}` ({soul.hash[:12]}), from the {origin} of `{source}`; {stats["attempts"]} attempts.
 Every tool result was produced by executing the tool on the row's `files`. {spoke}
 
-{table}{pairs}
+{gained}{pairs}
 
 {counted("kind", stats["kinds"])}
 
@@ -304,7 +301,12 @@ Every tool result was produced by executing the tool on the row's `files`. {spok
 
 
 def counted(head: str, counts: dict[str, int]) -> str:
-    return "\n".join([f"| {head} | rows |", "|---|---|", *(f"| {name} | {count} |" for name, count in counts.items())])
+    return table([head, "rows"], counts.items())
+
+
+def table(head: Sequence[str], lines: Iterable[Sequence]) -> str:
+    first, *rest = (f"| {' | '.join(map(str, line))} |" for line in (head, *lines))
+    return "\n".join([first, f"|{'---|' * len(head)}", *rest])
 
 
 def from_code(config: Config, soul: Soul, workers: int, on_row) -> tuple[str, list[dict], list[dict], dict]:
@@ -338,13 +340,8 @@ def from_datasets(config: Config, soul: Soul, workers: int, on_row) -> tuple[str
 def yielded(stats: dict) -> dict:
     """Of the rows whose response holds Python that parses (or that are edits), how many became rollouts."""
     other = sum(rows for name, rows in stats["dropped"].items() if name.endswith((NO_PYTHON, FOREIGN)))
-    python = stats["attempts"] - other
-    return {
-        "rows": stats["attempts"],
-        "python": python,
-        "rollouts": stats["rollouts"],
-        "yield": round(stats["rollouts"] / max(1, python), 3),
-    }
+    tried, made, python = stats["attempts"], stats["rollouts"], stats["attempts"] - other
+    return {"rows": tried, "python": python, "rollouts": made, "yield": round(made / max(1, python), 3)}
 
 
 def main(config: Config) -> int:

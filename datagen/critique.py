@@ -58,12 +58,15 @@ async def ask_critic(
 def parse_critique(text: str, reply: str, principles: Collection[str]) -> list[Finding]:
     """The violations in a critic's answer ([] when it found none). Fences, prose around the JSON, trailing commas, a lone
     object or a list inside an object are read; unknown principles are dropped, and so is a quote the reply does not have.
+    Raises Unreadable when there is no JSON list of judgements in it."""
 
-    Raises:
-        Unreadable: when there is no JSON list of judgements in it.
-    """
+    def accept(value: object) -> list[dict] | None:
+        if isinstance(value, dict):
+            value = next((v for v in value.values() if isinstance(v, list) and v and isinstance(v[0], dict)), [value])
+        return [item for item in value if isinstance(item, dict)] or None if isinstance(value, list) else None
+
     found, judged = [], 0
-    for item in _judgements(text[:MAX_CRITIQUE]):
+    for item in _first_json(text, accept):
         verdict = str(item.get("verdict", "")).strip().lower()
         if verdict not in ("violates", "violation", "ok"):
             continue
@@ -77,16 +80,6 @@ def parse_critique(text: str, reply: str, principles: Collection[str]) -> list[F
     return found
 
 
-def _judgements(text: str) -> list[dict]:
-    def accept(value: object) -> list[dict] | None:
-        if isinstance(value, dict):
-            inner = next((v for v in value.values() if isinstance(v, list) and v and isinstance(v[0], dict)), None)
-            value = inner if inner is not None else [value]
-        return [item for item in value if isinstance(item, dict)] or None if isinstance(value, list) else None
-
-    return _first_json(text, accept)
-
-
 def _sound(text: str) -> str:
     """`text` without lone surrogates: JSON can spell them, but neither a request nor a file can hold them."""
     return text.encode("utf-8", "replace").decode("utf-8")
@@ -94,26 +87,18 @@ def _sound(text: str) -> str:
 
 def _first_json(text: str, accept: Callable[[object], object | None]) -> object:
     """The first thing that `accept` makes of a JSON value anywhere in `text`. Raises Unreadable when it takes none."""
-    problem = "there is no JSON in it"
-    decoder = json.JSONDecoder(strict=False)
-    for source in (text, _without_trailing_commas(text)):
+    problem, text, decoder = "there is no JSON in it", text[:MAX_CRITIQUE], json.JSONDecoder(strict=False)
+    without_trailing_commas = re.sub(r'("(?:[^"\\]|\\.)*")|,(?=\s*[\]}])', lambda match: match[1] or "", text)
+    for source in (text, without_trailing_commas):
         for start in [match.start() for match in re.finditer(r"[\[{]", source)][:50]:
             try:
                 value, _ = decoder.raw_decode(source, start)
-            except json.JSONDecodeError as error:
-                problem = error.msg
-                continue
-            except RecursionError:
-                problem = "it is nested too deeply"
+            except (json.JSONDecodeError, RecursionError) as error:
+                problem = getattr(error, "msg", "it is nested too deeply")
                 continue
             if (accepted := accept(value)) is not None:
                 return accepted
     raise Unreadable(problem)
-
-
-def _without_trailing_commas(text: str) -> str:
-    """Drop commas before ] or }, outside strings."""
-    return re.sub(r'("(?:[^"\\]|\\.)*")|,(?=\s*[\]}])', lambda match: match[1] or "", text)
 
 
 def _flat(text: str) -> str:
@@ -121,10 +106,8 @@ def _flat(text: str) -> str:
 
 
 async def ask_judge(call: Callable, prompts: Prompts, *, max_tokens: int, replies: tuple[str, str], **told) -> tuple[int | None, str, list]:
-    """Which of two replies is closer to the SOUL, asked twice with the order swapped, since judges prefer a place.
-
-    Apologies are taken out first: wording alone moves verdicts. Gives (0 or 1, "", trail steps), or (None, why not, steps).
-    """
+    """Which of two replies is closer to the SOUL, asked twice with the order swapped, since judges prefer a place. Apologies
+    are taken out first: wording alone moves verdicts. Gives (0 or 1, "", trail steps), or (None, why not, steps)."""
     shown = [REPAIRS["no_apology"](reply).strip() or reply for reply in replies]
     if shown[0] == shown[1]:
         return None, "judge: nothing to tell apart", []
@@ -151,14 +134,12 @@ def parse_verdict(text: str) -> str:
         match = re.fullmatch(r"\W*(?:reply[ _-]?)?(a|b|tie)\W*", said.strip(), re.I)
         return match[1].lower() if match else None
 
-    return _first_json(text[:MAX_CRITIQUE], accept)
+    return _first_json(text, accept)
 
 
 def parse_list(text: str) -> list[str]:
-    """The texts of a JSON list (of strings or of objects with one, also inside an object), else of a numbered or bulleted list.
-
-    Repeats are left out. Raises Unreadable when there is neither.
-    """
+    """The texts of a JSON list (of strings or of objects with one, also inside an object), else of a numbered or bulleted list,
+    without repeats. Raises Unreadable when there is neither."""
 
     def accept(value: object) -> list[str] | None:
         if isinstance(value, dict):
@@ -168,7 +149,7 @@ def parse_list(text: str) -> list[str]:
         return list(dict.fromkeys(_sound(item.strip()) for item in items if isinstance(item, str) and item.strip())) or None
 
     try:
-        return _first_json(text[:MAX_CRITIQUE], accept)
+        return _first_json(text, accept)
     except Unreadable:
         lines = re.findall(r"^[ \t]*(?:\d{1,3}[.)]|[-*•])[ \t]+(\S.*?)[ \t]*$", text[:MAX_CRITIQUE], re.M)
         if len(lines) < 2:

@@ -52,8 +52,8 @@ class MinHash:
 class Near:
     """The texts seen so far: `seen(text)` says whether one as similar as `threshold` was, and remembers it if not."""
 
-    def __init__(self, threshold: float = NEAR, seed: int = 0):
-        self.threshold, self._minhash = threshold, MinHash(seed=seed)
+    def __init__(self, threshold: float = NEAR):
+        self.threshold, self._minhash = threshold, MinHash()
         self._bands: dict[int, int] = {}  # a band's values and number, hashed -> the first text that has them
         self._kept: list[bytes] = []
 
@@ -82,11 +82,8 @@ class Contamination:
 
 
 def clean(seeds: Iterable[Seed], against: Iterable[str] = (), *, near: float = NEAR, dropped: Counter | None = None) -> Iterator[Seed]:
-    """The seeds without near duplicates of earlier ones and without what stands in `against`, as a stream.
-
-    `against` are texts of eval sets (see `texts`); `near` = 0 leaves near duplicates in. What is left out is counted by
-    reason in `dropped`.
-    """
+    """The seeds without near duplicates of earlier ones (`near` = 0 leaves them in) and without what stands in `against` (texts
+    of eval sets, see `texts`), as a stream. What is left out is counted by reason in `dropped`."""
     held_out, before = Contamination(against), Near(near)
     for seed in seeds:
         text = "\n".join(message["content"] for message in seed.messages if message["role"] == "user")

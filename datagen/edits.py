@@ -14,24 +14,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from datagen.code_changes import Unsuitable
-from datagen.code_seeds import parses
-from datagen.instruct import (
-    HERE,
-    Item,
-    Mixture,
-    Project,
-    checked,
-    code_given,
-    file_name,
-    is_change,
-    neighbours,
-    python_of,
-    solution,
-    worded,
-)
+from datagen.code_seeds import tree_of
+from datagen.instruct import Item, Mixture, Project, about_file, checked, code_given, file_name, is_change, neighbours, python_of, solution
 from datagen.phrases import PHRASES, VERBS, fill, pick
 from datagen.python_text import trimmed
-from datagen.tasks import Step, Task, edit_step
+from datagen.tasks import Step, Task, edit_step, read_step
 
 LONG_FILE = 60  # lines; of a longer one only the part around the change is read, where the request leads there
 MARGIN = 6
@@ -59,18 +46,7 @@ VAGUE = re.compile(
 # parts of a name, so that `video_id` tells `videoId`; what needs no telling
 PARTS = re.compile(r"[A-Z]?[a-z]+|[A-Z]+|\d+")
 PLAIN = frozenset(word.lower() for word in (*keyword.kwlist, *dir(builtins), "self", "args", "kwargs", "cls"))
-# new words that a request may leave to the agent, by its verb; "update the URL" must say to what
-LEFT_OPEN = {"update": 0, "change": 0, "correct": 0, "replace": 0, "bump": 0} | dict.fromkeys(
-    ("add", "implement", "create", "document"), 16
-)
-PAST, EDIT_VERBS = PHRASES["past"], VERBS | frozenset(PHRASES["commit_verbs"].split())
-REFERENCE = re.compile(
-    r"\b(?:the|this|that|a|an)? ?(?:following|given|provided|existing|above|below)(?: (?:snippet|piece|block) of)?(?: python)? "
-    r"(code|function|program|script|class|method|statement|loop|algorithm|snippet)(?: (?:snippet|block|below|above))?"
-    r"|\b(?:the|this|that)(?: python)? (code|function|program|script|class|method|snippet)"
-    r"(?: (?:snippet|block|below|above|given below))?(?= |[.:,?]|$)",
-    re.I,
-)
+PAST, LEFT_OPEN, EDIT_VERBS = PHRASES["past"], PHRASES["left_open"], VERBS | frozenset(PHRASES["commit_verbs"].split())
 ASKS = re.compile(
     r"^(?:what|why|which|how does|explain|describe|suggest|identify|find the output|predict)\b"
     r"|\band (?:explain|describe|suggest|tell)\b|\boutput of\b",
@@ -197,33 +173,7 @@ def edit_request(rng: random.Random, what: str, name: str, path: str, before: st
     return f"{fill(pick(rng, kind), slots)}\n```diff\n{patch}\n```"
 
 
-def modify_request(rng: random.Random, item: Item, prose: str, path: str) -> str:
-    """The request of an instruct row, with its code moved into the file that it now speaks of."""
-    text = worded(rng, replace(item, request=prose.strip(" :\n"), context="")).replace(HERE, f"(it's in {path})").rstrip(" :\n")
-    if path in text:
-        return text
-    if re.search(r"\b(?:of|for|to|with|in|from|on)$", text):
-        return f"{text} the code in {path}"
-    referred = REFERENCE.search(text)
-    if referred and rng.random() < 0.8:
-        start, end = referred.span(1 if referred[1] else 2)
-        before = text[: referred.start()].rstrip()
-        return f"{before} the {text[start:end].lower()} in {path}{text[referred.end() :]}".strip()
-    return fill(pick(rng, "modify"), {"request": text, "file": path})
-
-
 # ---- tasks
-
-
-def sides(item: Item) -> tuple[str, str]:
-    """(before, after) of an edit. Raises Unsuitable for what is none, or can't be written by the tools."""
-    before, after = item.before, item.after
-    if "\r" in before + after:
-        raise Unsuitable("carriage returns")
-    if not before.strip() or not after.strip() or before == after:
-        raise Unsuitable("nothing to edit")
-    # the tools end a file with a line break where it had one
-    return before, after + "\n" if before.endswith("\n") and not after.endswith("\n") else after
 
 
 def shortened(rng: random.Random, path: str) -> str:
@@ -233,8 +183,14 @@ def shortened(rng: random.Random, path: str) -> str:
 
 
 def edit(rng: random.Random, item: Item, project: Project, mixture: Mixture) -> Task:
-    """A row of a data set of edits."""
-    before, after = sides(item)
+    """A row of a data set of edits. Raises Unsuitable for one that changes nothing, or that the tools can't write."""
+    before, after = item.before, item.after
+    if "\r" in before + after:
+        raise Unsuitable("carriage returns")
+    if not before.strip() or not after.strip() or before == after:
+        raise Unsuitable("nothing to edit")
+    if before.endswith("\n") and not after.endswith("\n"):  # the tools end a file with a line break where it had one
+        after += "\n"
     path = shortened(rng, re.sub(r"[^\w./-]+", "_", item.path)) if item.path else file_name("", before)
     found = list(hunks(before, after))
     what = subject(item.request, path)
@@ -251,9 +207,9 @@ def modification(rng: random.Random, item: Item, before: str, prose: str, projec
         raise Unsuitable("nothing to edit")
     if ASKS.search(prose):
         raise Unsuitable("asks for words, not for an edit")
-    path = file_name(item.request, before if parses(before) else after)
+    path = file_name(item.request, before if tree_of(before) else after)
     found = list(hunks(before, after))
-    request = modify_request(rng, item, prose, path)
+    request = about_file(rng, prose, path)
     return change_task(rng, "modify", item, request, path, (before, after), found, project, mixture)
 
 
@@ -320,14 +276,13 @@ def readings(path: str, found: list[Hunk], head: int) -> Iterator[Step]:
     seen = 0
     for number, hunk in enumerate(found):
         if not head and not number:
-            yield Step("read", "Read", {"file_path": path}, "    1→")
+            yield read_step(path)
         elif head and hunk.line + hunk.old.count("\n") > seen:
             first, last = max(1, hunk.line - MARGIN), hunk.line + hunk.old.count("\n") + MARGIN
             first = min(first, head) if not number and first - head < LONG_FILE else first
             for later in found[number + 1 :]:
-                last = (
-                    max(last, later.line + later.old.count("\n") + MARGIN) if later.line - last < 20 and later.line - first < 60 else last
-                )
+                if later.line - last < 20 and later.line - first < 60:
+                    last = max(last, later.line + later.old.count("\n") + MARGIN)
             args = {"file_path": path, "offset": str(first), "limit": str(last - first + 1)}
             yield Step("read_on" if number else "read_part", "Read", args, f"{first:>5}→")
             seen = last

@@ -32,20 +32,10 @@ SOON = 0.2  # of a backoff before the first retry: most failures are one call's 
 
 
 @dataclass(frozen=True)
-class Reply:
-    """What a recipe gets. `text` is the answer only (never reasoning), possibly partial when `outcome` is "truncated"."""
+class Reply(Verdict):
+    """What a recipe gets: the verdict on the answer (a part of it when `outcome` is "truncated") to the request of that key."""
 
-    text: str
-    key: str
-    outcome: str
-    finish: str | None = None
-    usage: dict | None = None
-    model: str | None = None
-    why: str = ""
-    served: str = ""
-    logprobs: dict[str, float] | None = None
-    tool_calls: list[dict] = field(default_factory=list)
-    reasoning: str = ""
+    key: str = ""
 
     @property
     def ok(self) -> bool:
@@ -73,7 +63,6 @@ class _Row:
 class _Ask:
     service: Service
     request: Request
-    key: str
     stage: str
     row_id: str
     prompt_tokens: int  # at most
@@ -81,12 +70,11 @@ class _Ask:
 
 
 class Engine:
-    """Runs recipes against the teachers of a run: `teacher`, and `others` by role. A role without one falls back to `teacher`.
+    """Runs recipes against the teachers of a run: `teacher`, and `others` by role; a role without one falls back to `teacher`.
+    Teachers are opened before their first request; closing them is the caller's.
 
     `run_id` names everything but the seed that decides a row (SOUL, prompts, recipe, teachers, sampling): a row finished
     under the same name is not computed again, and one finished under another is, from the journal where calls agree.
-    `clock`, `wall` and `sleep` are injected by tests. Teachers are opened before their first request; closing them is
-    the caller's.
     """
 
     def __init__(self, teacher: Teacher, journal: Journal, run_id: str, sampling: dict, policy: Policy | None = None, *,
@@ -95,15 +83,13 @@ class Engine:
         self.journal, self.run_id, self.sampling, self.budget = journal, run_id, sampling, budget
         self.policy = policy = policy or Policy()
         self._clock, self._wall = clock, wall
-        self._all = [Service("teacher", teacher, Admission(policy.concurrency, rpm=policy.rpm, tpm=policy.tpm, clock=clock, sleep=sleep),
-                             policy, clock, self.fail)]  # fmt: skip
-        self._by_role = {"teacher": self._all[0]}
-        for role, other in (others or {}).items():
-            service = next((known for known in self._all if known.teacher is other), None)
-            if service is None:
-                service = Service(role, other, Admission(other.concurrency, clock=clock, sleep=sleep), policy, clock, self.fail)
-                self._all.append(service)
-            self._by_role[role] = service
+        services, self._by_role = {}, {}  # two roles of one teacher are one service
+        for role, each in {"teacher": teacher, **(others or {})}.items():
+            if each not in services:
+                pace = (policy.concurrency, policy.rpm, policy.tpm) if role == "teacher" else (each.concurrency,)
+                services[each] = Service(role, each, Admission(*pace, clock=clock, sleep=sleep), policy, clock, self.fail)
+            self._by_role[role] = services[each]
+        self._all: list[Service] = list(services.values())
         self.counts: Counter[str] = Counter()
         self.outcomes: Counter[str] = Counter()
         self.spent = journal.spent()  # USD, over all runs of the directory
@@ -119,11 +105,8 @@ class Engine:
     # --- rows
 
     async def run(self, seeds: Iterable[Seed], recipe: Recipe, on_progress: Callable[[], None] = lambda: None) -> bool:
-        """Compute every row; True when all are finished, False after an interrupt.
-
-        Raises:
-            UserError: when going on cannot help (key, credit, model, breaker, budget, disk); all that was answered is kept.
-        """
+        """Compute every row; True when all are finished, False after an interrupt. Raises UserError when going on cannot help
+        (key, credit, model, breaker, budget, disk); all that was answered is kept."""
         stream, loop = iter(seeds), asyncio.get_running_loop()
         with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):  # not the main thread
             loop.add_signal_handler(signal.SIGINT, self.interrupt)
@@ -167,13 +150,12 @@ class Engine:
 
     def snapshot(self) -> dict:
         """Where the run stands, for a live view; by role where each teacher has its own."""
-        by_role = {service.role: service for service in self._all}
         return {
             "rows": self.counts["rows"], "accepted": self.counts["accepted"], "rejected": self.counts["rejected"],
             "already_finished": self.counts["already finished"], "sent": self.counts["sent"], "replayed": self.counts["replayed"],
-            "in_flight": {role: service.admission.in_flight for role, service in by_role.items()},
-            "limit": {role: service.admission.limit for role, service in by_role.items()},
-            "served": {role: service.served for role, service in by_role.items()},
+            "in_flight": {service.role: service.admission.in_flight for service in self._all},
+            "limit": {service.role: service.admission.limit for service in self._all},
+            "served": {service.role: service.served for service in self._all},
             "spent_usd": None if self._unpriced and not self.spent else self.spent, "limit_usd": self.budget and self.budget.limit_usd,
             "outcomes": dict(self.outcomes), "trouble": self.trouble,
         }  # fmt: skip
@@ -252,7 +234,7 @@ class Engine:
 
         def ask(tokens: int) -> _Ask:
             request = service.teacher.request(messages, replicate=replicate, **body | {"max_tokens": tokens})
-            return _Ask(service, request, request.key, stage, row.id, most_tokens(request, messages), tokens)
+            return _Ask(service, request, stage, row.id, most_tokens(request, messages), tokens)
 
         try:
             await self._ready(service)
@@ -276,10 +258,7 @@ class Engine:
         row.truncated |= verdict.outcome == "truncated"
         if verdict.outcome in ("ok", "truncated") and verdict.served:
             row.served.add(verdict.served)
-        return Reply(
-            verdict.text, asked.key, verdict.outcome, verdict.finish, verdict.usage, verdict.model, verdict.why, verdict.served,
-            verdict.logprobs, verdict.tool_calls, verdict.reasoning,
-        )  # fmt: skip
+        return Reply(**vars(verdict), key=asked.request.key)
 
     async def _ready(self, service: Service) -> None:
         """Open the teacher before its first request: not for a run that has nothing to ask."""
@@ -293,14 +272,15 @@ class Engine:
 
     async def _shared(self, ask: _Ask) -> Verdict:
         """One answer for one key, also when two rows ask for it at the same time."""
-        flying = self._flying.get(ask.key)
+        key = ask.request.key
+        flying = self._flying.get(key)
         if flying is None:
-            flying = self._flying[ask.key] = asyncio.ensure_future(self._answer(ask))
-            flying.add_done_callback(lambda _: self._flying.pop(ask.key, None))
+            flying = self._flying[key] = asyncio.ensure_future(self._answer(ask))
+            flying.add_done_callback(lambda _: self._flying.pop(key, None))
         return await asyncio.shield(flying)
 
     async def _answer(self, ask: _Ask) -> Verdict:
-        if kept := self.journal.reply(ask.key):
+        if kept := self.journal.reply(ask.request.key):
             self.counts["replayed"] += 1
             verdict = self._read(kept, ask)
         else:
@@ -315,7 +295,7 @@ class Engine:
             spent += not verdict.free
             if verdict.final or spent >= self.policy.attempts:
                 return verdict
-            backoff = ask.service.backoff(spent, ask.key) * (SOON if spent == 1 else 1.0)
+            backoff = ask.service.backoff(spent, ask.request.key) * (SOON if spent == 1 else 1.0)
             wait = 0.0 if verdict.free else min(verdict.retry_after or backoff, self.policy.longest_wait)
             due = self._clock() + wait
 
@@ -325,7 +305,8 @@ class Engine:
         lease = await service.admission.admit(ask.prompt_tokens + ask.max_tokens, due)
         if lease is None:
             raise Stopped
-        cost = most = most_usd(service.price, ask.prompt_tokens, ask.max_tokens) if service.price else None
+        price = service.teacher.price
+        cost = most = most_usd(price, ask.prompt_tokens, ask.max_tokens) if price else None
 
         def release() -> None:
             nonlocal lease

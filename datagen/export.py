@@ -20,29 +20,20 @@ GROUP = 2_000  # rows of a row group
 
 def export(journal: Journal, run_id: str, folder: Path, soul: Soul, facts: dict) -> dict:
     """Write `folder`/{sft,preference,rejected}.parquet (docs.parquet if there are any), stats.json and README.md, rows in seed
-    order; gives the stats.
-
-    `facts` (teacher, command, hashes …) go into stats and card as they are.
-    """
-    tally, waiting, writers = Tally(soul), {kind: [] for kind in KINDS}, {}
+    order; gives the stats. `facts` (teacher, command, hashes …) go into stats and card as they are."""
+    tally, waiting = Tally(soul), {kind: [] for kind in KINDS}
     with ExitStack() as files:
-
-        def flush(kind: str) -> None:
-            if kind not in writers:
-                writers[kind] = files.enter_context(row_writer(folder / f"{kind}.parquet", kind))
-            if waiting[kind]:
-                writers[kind](waiting[kind])
-                waiting[kind] = []
-
+        write = {kind: files.enter_context(row_writer(folder / f"{kind}.parquet", kind)) for kind in KINDS}
         for finished in journal.rows(run_id):
             tally.add(finished.results)
             for kind, row in finished.results:
                 waiting[kind].append(row)
                 if len(waiting[kind]) == GROUP:
-                    flush(kind)
-        for kind in KINDS:
-            if tally.rows[kind] or kind != "docs":
-                flush(kind)
+                    write[kind](waiting[kind])
+                    waiting[kind] = []
+        for kind, rest in waiting.items():
+            if rest:
+                write[kind](rest)
     if not tally.rows["docs"]:
         (folder / "docs.parquet").unlink(missing_ok=True)
     stats = facts | {"seeds": journal.planned()} | tally.summary() | {"ledger": journal.ledger()}
@@ -58,8 +49,8 @@ class Tally:
 
     def __init__(self, soul: Soul):
         self.soul, self.hygiene = soul, Hygiene(soul)
-        self.rows, self.reasons, self.no_pair, self.stages, self.served = Counter(), Counter(), Counter(), Counter(), Counter()
-        self.blocked, self.touched, self.pairs, self.repaired, self.aimed, self.seen = (Counter() for _ in range(6))
+        self.rows, self.reasons, self.no_pair, self.stages, self.served, self.seen = (Counter() for _ in range(6))
+        self.principles = {name: Counter() for name in ("broken_on_the_way", "repaired", "pairs", "blocked", "aimed")}
         self.lengths = {name: Counter() for name in ("sft", "chosen", "rejected", "docs")}
 
     def add(self, results: list) -> None:
@@ -71,10 +62,10 @@ class Tally:
             if kind != "rejected":
                 self.seen.update([*names, *aims(row.get("source") or "")])
             if kind == "sft":
-                self.touched.update(names)
+                self.principles["broken_on_the_way"].update(names)
                 self._length("sft", row["messages"][-1]["content"])
             elif kind == "preference":
-                self.pairs.update(names)
+                self.principles["pairs"].update(names)
                 self.hygiene.add(row)
                 for side in ("chosen", "rejected"):
                     self._length(side, row[side][-1]["content"])
@@ -83,8 +74,8 @@ class Tally:
             else:
                 reason = row.get("reason") or "no reason given"
                 self.reasons[reason.partition(" (")[0]] += 1
-                self.blocked.update(reason.partition(": ")[2].split(", "))
-        self.aimed.update({name for _, row in results for name in aims(row.get("source") or "")})
+                self.principles["blocked"].update(reason.partition(": ")[2].split(", "))
+        self.principles["aimed"].update({name for _, row in results for name in aims(row.get("source") or "")})
         self._steps(results)
 
     def _steps(self, results: list) -> None:
@@ -97,7 +88,7 @@ class Tally:
             if step["stage"] == "no-pair":
                 self.no_pair[step["text"]] += 1
             elif step["stage"] == "repair":
-                self.repaired.update(step["text"].split(", "))
+                self.principles["repaired"].update(step["text"].split(", "))
 
     def _length(self, name: str, text: str) -> None:
         self.lengths[name][len(text.split())] += 1
@@ -105,10 +96,9 @@ class Tally:
     def summary(self) -> dict:
         """Yields, reasons, what each principle saw, lengths in words, how often each step was taken, and pair hygiene."""
         principles = {
-            p.id: {"checks": [str(call) for call in p.checks], "broken_on_the_way": self.touched[p.id], "repaired": self.repaired[p.id],
-                   "pairs": self.pairs[p.id], "blocked": self.blocked[p.id], "aimed": self.aimed[p.id]}
+            p.id: {"checks": [str(call) for call in p.checks]} | {name: counts[p.id] for name, counts in self.principles.items()}
             for p in self.soul.principles
-        }  # fmt: skip
+        }
         hygiene = self.hygiene.report()
         return {
             "rows": {kind: self.rows[kind] for kind in KINDS if self.rows[kind] or kind != "docs"},

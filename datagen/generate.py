@@ -4,6 +4,7 @@ import asyncio
 import shlex
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 
@@ -14,14 +15,8 @@ from datagen.budget import Budget
 from datagen.engine import Engine, Policy, Recipe
 from datagen.export import export
 from datagen.journal import Journal
-from datagen.past import Past
 from datagen.prompting import Prompts
-from datagen.recipes.best_of import BestOf
-from datagen.recipes.cai import Cai
-from datagen.recipes.critique_revise import CritiqueRevise
-from datagen.recipes.distill import Distill
-from datagen.recipes.docs import Docs
-from datagen.recipes.introspect import Introspect
+from datagen.recipes import BestOf, Cai, CritiqueRevise, Distill, Docs, Introspect
 from datagen.seeds import Seed, read_seeds
 from datagen.status import Status, line
 from datagen.teachers import Price, Teacher, open_teacher
@@ -151,23 +146,16 @@ class Session:
 def prepare(config: Config) -> Session:
     """Raises UserError for anything that can be seen to be wrong before the first call."""
     soul, prompts = load_soul(config.soul), Prompts(config.prompts)
-    recipe = recipes.load(config.recipe, options_of(config), soul, prompts)
-    price = None if config.price is None else Price(config.price[0] / 1e6, config.price[1] / 1e6)
-    routes = {
-        "provider": config.provider,
-        "mixed": config.allow_mixed,
-        "distillable": not config.any_text,
-        "price": price,
-        "serve": config.vllm,
-        "out": config.out,
-    }
-    given = {"teacher": config.teacher, "student": config.student, "judge": config.judge}
-    teachers = {}
-    for role, spec in given.items():
-        if spec or role == "teacher":  # the same one twice is one teacher, with one limit
-            teachers[role] = next((teachers[other] for other in teachers if given[other] == spec), None) or open_teacher(spec, **routes)
-    sampling = sampling_of(config, soul)
     options = options_of(config)
+    recipe = recipes.load(config.recipe, options, soul, prompts)
+    price = config.price and Price(config.price[0] / 1e6, config.price[1] / 1e6)
+    routes = {"provider": config.provider, "mixed": config.allow_mixed, "distillable": not config.any_text}
+    specs = {"teacher": config.teacher, "student": config.student, "judge": config.judge}
+    specs = {role: spec for role, spec in specs.items() if spec or role == "teacher"}
+    # the same one twice is one teacher, with one limit
+    known = {spec: open_teacher(spec, **routes, price=price, serve=config.vllm, out=config.out) for spec in dict.fromkeys(specs.values())}
+    teachers = {role: known[spec] for role, spec in specs.items()}
+    sampling = sampling_of(config, soul)
     setup = {
         "prompts": prompts.hash, "sampling": sha256_json(sampling),
         "recipe": sha256_json([recipes.fingerprint(config.recipe), options and asdict(options)]),
@@ -209,8 +197,7 @@ def options_of(config: Config) -> object | None:
 
 def main(config: Config) -> int:
     session = prepare(config)
-    journal = Journal(config.out)
-    try:
+    with closing(Journal(config.out)) as journal:
         plan_rows(session, journal)
         if config.since:
             keep(session, journal)
@@ -218,8 +205,6 @@ def main(config: Config) -> int:
             done = asyncio.run(compute(session, journal, session.seeds(), "generate", journal.planned()))
         finally:
             _tell(export(journal, session.run_id, config.out / "data", session.soul, session.facts), config)
-    finally:
-        journal.close()
     if not done:
         console.print(plain(f"stopped; everything answered so far is kept. Go on with: {resume_command(config)}"))
     return 0 if done else 130
@@ -233,16 +218,15 @@ def plan_rows(session: Session, journal: Journal) -> None:
 
 def keep(session: Session, journal: Journal) -> None:
     """Take over the rows of --since that the edit of the SOUL does not touch; says how many of them were touched, and why."""
-    past = Past(session.config.since)
-    since.check_same_setup(past.run["setup"], session.setup, session.config.since)
-    edit, kept, again = since.edit_of(past.run["soul"], session.soul), 0, {}
-    for row in past.rows():
-        why = since.touched(row, edit, session.soul)
-        if why:
-            again[row.row_id] = why
-        elif journal.row(row.row_id, session.run_id) is None:
-            journal.finish(row.row_id, session.run_id, row.status, since.marked(row, session.config.since, past.run["soul"]["hash"]))
-            kept += 1
+    with closing(since.Past(session.config.since)) as past:
+        since.check_same_setup(past.run["setup"], session.setup, session.config.since)
+        edit, kept, again = since.edit_of(past.run["soul"], session.soul), 0, {}
+        for row in past.rows():
+            if why := since.touched(row, edit, session.soul):
+                again[row.row_id] = why
+            elif journal.row(row.row_id, session.run_id) is None:
+                journal.finish(row.row_id, session.run_id, row.status, since.marked(row, session.config.since, past.run["soul"]["hash"]))
+                kept += 1
     journal.commit()
     console.print(plain(f"since {session.config.since}: {edit}; {kept:,} rows kept, {len(again):,} to make again"))
     for text in since.counted(again):
@@ -262,7 +246,7 @@ async def compute(session: Session, journal: Journal, seeds: Iterable[Seed], tit
         journal.reopen_failed(session.run_id)
     if config.redo_truncated:
         journal.redo_truncated(session.run_id)
-    status, state = Status(config.out, total), "stopped"
+    status, done = Status(config.out, total), False
     try:
         with progress(title, total) as update:
 
@@ -273,11 +257,10 @@ async def compute(session: Session, journal: Journal, seeds: Iterable[Seed], tit
 
             show()
             done = await engine.run(seeds, recipe or session.recipe, show)
-            state = "done" if done else "stopped"
             return done
     finally:
-        status(engine.snapshot(), state)
-        for one in {id(one): one for one in session.teachers.values()}.values():
+        status(engine.snapshot(), "done" if done else "stopped")
+        for one in set(session.teachers.values()):
             await one.close()
 
 
@@ -299,9 +282,9 @@ def command(config: Config) -> str:
             value = getattr(part, item.name)
             if item.name in PACE or is_dataclass(value) or value == item.default:
                 continue
-            flag = f"{prefix}{item.name}".replace("_", "-")
-            texts = list(map(str, value if isinstance(value, tuple) else [value]))
-            words += [f"--{flag}"] if value is True else [f"--{flag}={texts[0]}"] if texts[0].startswith("-") else [f"--{flag}", *texts]
+            flag = f"--{prefix}{'no-' * (value is False)}{item.name}".replace("_", "-")
+            texts = [] if isinstance(value, bool) else list(map(str, value if isinstance(value, tuple) else [value]))
+            words += [f"{flag}={texts[0]}"] if texts and texts[0].startswith("-") else [flag, *texts]
     return shlex.join(words)
 
 

@@ -8,7 +8,7 @@ import random
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Sequence
 from statistics import mean, median
 
 import numpy as np
@@ -75,14 +75,9 @@ class Hygiene:
         }
         return found | {"warnings": warnings(found)}
 
-    def _margins(self, touched: Iterable[tuple]) -> dict:
-        by_principle: dict[str, list[int]] = {}
-        for names in touched:
-            for name in names:
-                by_principle.setdefault(name, []).append(len(names))
-        return {
-            name: {"median": median(by_principle[name]), "alone": by_principle[name].count(1)} for name in self.ids if name in by_principle
-        }
+    def _margins(self, touched: Sequence[tuple]) -> dict:
+        sizes = {name: [len(names) for names in touched if name in names] for name in self.ids}
+        return {name: {"median": median(found), "alone": found.count(1)} for name, found in sizes.items() if found}
 
 
 def warnings(found: dict) -> list[str]:

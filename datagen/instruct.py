@@ -13,21 +13,9 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from datagen.code_changes import Unsuitable
-from datagen.code_seeds import HARMLESS, parse
+from datagen.code_seeds import HARMLESS, parse, tree_of
 from datagen.phrases import PHRASES, VERBS, fill, pick
-from datagen.python_text import (
-    CODE_LINE,
-    DEFINITIONS,
-    QUIET,
-    defined,
-    is_python,
-    python_in,
-    tidy,
-    tree_of,
-    trimmed,
-    with_data,
-    without_comments,
-)
+from datagen.python_text import CODE_LINE, DEFINITIONS, QUIET, defined, is_python, python_in, tidy, trimmed, with_data, without_comments
 from datagen.seeds import READERS, read_rows, suffix
 from datagen.tasks import Step, Task, edit_step, quoted_name, read_step
 from soul.errors import UserError
@@ -57,6 +45,13 @@ TOLD_OUTPUT = re.compile(
     re.I | re.M,
 )
 HERE = "⟨here⟩"  # in a request, for code that was taken out of its middle
+REFERENCE = re.compile(
+    r"\b(?:the|this|that|a|an)? ?(?:following|given|provided|existing|above|below)(?: (?:snippet|piece|block) of)?(?: python)? "
+    r"(code|function|program|script|class|method|statement|loop|algorithm|snippet)(?: (?:snippet|block|below|above))?"
+    r"|\b(?:the|this|that)(?: python)? (code|function|program|script|class|method|snippet)"
+    r"(?: (?:snippet|block|below|above|given below))?(?= |[.:,?]|$)",
+    re.I,
+)
 NO_DATA = re.compile(r"(?:not applicable|none|n/?a|<?no ?input>?|-)\.?", re.I)
 VERB_FORMS = {
     form
@@ -238,9 +233,9 @@ def neighbours(rng: random.Random, project: Project, path: str, code: str, most:
 # ---- requests
 
 
-def worded(rng: random.Random, item: Item) -> str:
-    """The request with its data, now and then in the way that people type."""
-    text, data = item.request.strip(), item.context.strip()
+def worded(rng: random.Random, request: str, data: str = "") -> str:
+    """A request with its data, now and then in the way that people type."""
+    text, data = request.strip(), data.strip()
     if data and not NO_DATA.fullmatch(data) and data not in text:
         text += f"\n{data}"
     if rng.random() < 0.35 and re.match(r"[A-Z][a-z]+ ", text):
@@ -283,6 +278,21 @@ def code_given(item: Item) -> tuple[str, str]:
     return (code, prose) if (CODE_LINE.search(code) or is_python(code)) and not data and prose.strip() else ("", "")
 
 
+def about_file(rng: random.Random, prose: str, path: str) -> str:
+    """The request of an instruct row, with its code moved into the file that it now speaks of."""
+    text = worded(rng, prose.strip(" :\n")).replace(HERE, f"(it's in {path})").rstrip(" :\n")
+    if path in text:
+        return text
+    if re.search(r"\b(?:of|for|to|with|in|from|on)$", text):
+        return f"{text} the code in {path}"
+    referred = REFERENCE.search(text)
+    if referred and rng.random() < 0.8:
+        start, end = referred.span(1 if referred[1] else 2)
+        before = text[: referred.start()].rstrip()
+        return f"{before} the {text[start:end].lower()} in {path}{text[referred.end() :]}".strip()
+    return fill(pick(rng, "modify"), {"request": text, "file": path})
+
+
 def is_change(before: str, after: str) -> bool:
     """Whether `after` is `before` with changes, and not something new: it has a definition of the same name, or many of its lines."""
     if set(re.findall(r"^(?:def|class) (\w+)", before, re.M)) & set(re.findall(r"^(?:def|class) (\w+)", after, re.M)):
@@ -303,7 +313,7 @@ def solution(rng: random.Random, item: Item, project: Project, mixture: Mixture,
     if ASKS_WORDS.match(item.request.strip()):
         raise Unsuitable("asks for words, not for code")
     code = code if admits(code) else without_comments(code)
-    request, name = worded(rng, item), main_name(item.request, code)
+    request, name = worded(rng, item.request, item.context), main_name(item.request, code)
     draw, named = rng.random(), NAMED_FILE.search(item.request)
     if draw < 0.25 and project and not named and (task := appended(rng, item, request, code, project)):
         return checked(rng, task, code, mixture)
@@ -366,10 +376,5 @@ def checked(rng: random.Random, task: Task, code: str, mixture: Mixture) -> Task
     told = TOLD_OUTPUT.search(f"{code}\n{task.request}") if run else None  # what shows something else than it should is not tried
     expect = told[told.lastindex].strip(" '\"`.") if told else "" if run else "(no output)"
     bash = Step("try" if run else "verify", "Bash", {"command": command}, expect)
-    slots = task.slots | {"command": command}
-    return replace(
-        task,
-        kind=f"{task.kind}_{'run' if run else 'compile'}",
-        steps=(*task.steps[:-1], bash, Step("ran" if run else "compiled")),
-        slots=slots,
-    )
+    steps = (*task.steps[:-1], bash, Step("ran" if run else "compiled"))
+    return replace(task, kind=f"{task.kind}_{'run' if run else 'compile'}", steps=steps, slots=task.slots | {"command": command})

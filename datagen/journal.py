@@ -10,6 +10,7 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -54,11 +55,8 @@ class Row:
 
 
 class Journal:
-    """Opens (and creates) `directory/journal.sqlite` and holds the directory's lock until `close`.
-
-    Raises:
-        UserError: when another process holds the run directory, the disk is full, or the file is no journal.
-    """
+    """Opens (and creates) `directory/journal.sqlite` and holds the directory's lock until `close`. Raises UserError when
+    another process holds the run directory, the disk is full, or the file is no journal."""
 
     def __init__(self, directory: str | Path):
         self.directory = Path(directory)
@@ -95,11 +93,8 @@ class Journal:
 
     def record(self, request: Request, answer: Answer, verdict: Verdict, *, stage: str, row_id: str, charged: float | None = None,
                flight: int | None = None) -> None:  # fmt: skip
-        """Write one attempt down (not yet durable). Attempts and known costs of one key add up over retries and runs.
-
-        `charged` is the attempt's share of the budget in USD: its cost, or what was reserved where that is unknown.
-        `flight` is what `sending` gave for it.
-        """
+        """Write one attempt down (not yet durable). Attempts and known costs of one key add up over retries and runs. `charged`
+        is its share of the budget in USD: its cost, or what was reserved where that is unknown; `flight` what `sending` gave."""
         usage = json.dumps(verdict.usage) if verdict.usage else None
         body = answer.body if verdict.final else answer.body[:2000]
         charged = verdict.cost if charged is None else charged
@@ -121,8 +116,7 @@ class Journal:
 
     def sending(self, stage: str, usd: float) -> int:
         """Note that a call which may cost up to `usd` goes out: one that a kill cuts off stays in `spent`, it may be billed."""
-        with self._guard():
-            flight = self._db.execute("INSERT INTO flying (stage, usd) VALUES (?, ?)", (stage, usd)).lastrowid
+        flight = self._do("INSERT INTO flying (stage, usd) VALUES (?, ?)", stage, usd).lastrowid
         self.soon()
         return flight
 
@@ -136,11 +130,8 @@ class Journal:
         return Request(found[0], self._unpack(found[1]), found[2]) if found else None
 
     def ledger(self) -> list[dict]:
-        """Calls, attempts, tokens and money (USD) by stage, model, provider, served route and outcome.
-
-        `cost` is what was told, None where nothing was; `charged` adds what had to be assumed, and sums to `spent`. Outcome
-        "unanswered": in flight, or cut off by a kill.
-        """
+        """Calls, attempts, tokens and money (USD) by stage, model, provider, served route and outcome ("unanswered": in flight, or
+        cut off by a kill). `cost` is what was told, None where nothing was; `charged` adds what had to be assumed: the `spent`."""
         with self._guard():
             cursor = self._db.execute(
                 """SELECT stage, model, provider, served, outcome, count(*) AS calls, sum(attempts) AS attempts, sum(cost) AS cost,
@@ -157,9 +148,8 @@ class Journal:
 
     def note(self, key: str, value: object) -> None:
         """Keep a fact of the run directory as JSON; it is durable on return."""
-        with self._guard():
-            self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, canonical_json(value)))
-            self._db.commit()
+        self._do("INSERT OR REPLACE INTO meta VALUES (?, ?)", key, canonical_json(value))
+        self.commit()
 
     def noted(self, key: str) -> object:
         """The fact kept under `key`, or None."""
@@ -188,27 +178,21 @@ class Journal:
 
     def finish(self, row_id: str, run: str, status: str, results: list) -> None:
         """Write a finished row down (not yet durable)."""
-        with self._guard():
-            values = (row_id, run, status, canonical_json(results), time.time())
-            self._db.execute("INSERT OR REPLACE INTO rows VALUES (?, ?, ?, ?, ?)", values)
+        self._do("INSERT OR REPLACE INTO rows VALUES (?, ?, ?, ?, ?)", row_id, run, status, canonical_json(results), time.time())
 
     def reopen_failed(self, run: str) -> int:
         """Open the rows of `run` whose calls failed, and the requests that were refused for good; gives the rows' number."""
-        with self._guard():
-            self._db.execute("UPDATE calls SET final = 0 WHERE outcome = 'permanent'")
+        self._do("UPDATE calls SET final = 0 WHERE outcome = 'permanent'")
         return self._reopen(run, "failed")
 
     def redo_truncated(self, run: str) -> int:
-        """Open the rows of `run` that had an answer cut at max_tokens; gives their number.
-
-        Their calls replay, and `Policy.redo_truncated` has the engine ask those that were cut again, with more tokens.
-        """
+        """Open the rows of `run` that had an answer cut at max_tokens; gives their number. Their calls replay, and
+        `Policy.redo_truncated` has the engine ask those that were cut again, with more tokens."""
         return self._reopen(run, "truncated")
 
     def _reopen(self, run: str, status: str) -> int:
-        with self._guard():
-            count = self._db.execute("DELETE FROM rows WHERE run = ? AND status = ?", (run, status)).rowcount
-            self._db.commit()
+        count = self._do("DELETE FROM rows WHERE run = ? AND status = ?", run, status).rowcount
+        self.commit()
         return count
 
     def rows(self, run: str) -> Iterator[Row]:
@@ -223,11 +207,9 @@ class Journal:
     # --- durability
 
     async def durable(self, then: Callable[[], None] = lambda: None) -> None:
-        """Return once everything written so far is on disk; calls that wait together share one commit.
-
-        `then` is called right at the commit, before anyone who waits goes on: leases that end there let the next calls be sent
-        before the rows of a whole burst of answers are finished. Not called when the commit fails.
-        """
+        """Return once everything written so far is on disk; calls that wait together share one commit. `then` is called right
+        at the commit (unless it fails), before anyone who waits goes on: leases that end there let the next calls be sent
+        before the rows of a whole burst of answers are finished."""
         self._then.append(then)
         await asyncio.shield(self.soon())
 
@@ -259,9 +241,12 @@ class Journal:
 
     # --- inside
 
-    def _one(self, query: str, *values: object) -> tuple | None:
+    def _do(self, query: str, *values: object) -> sqlite3.Cursor:
         with self._guard():
-            return self._db.execute(query, values).fetchone()
+            return self._db.execute(query, values)
+
+    def _one(self, query: str, *values: object) -> tuple | None:
+        return self._do(query, *values).fetchone()
 
     def _migrate(self) -> None:
         version = self._db.execute("PRAGMA user_version").fetchone()[0]
@@ -289,8 +274,7 @@ class Journal:
 
     def _store(self, text: str) -> str:
         digest = sha256_json(text)
-        with self._guard():
-            self._db.execute("INSERT OR IGNORE INTO blobs VALUES (?, ?)", (digest, text))
+        self._do("INSERT OR IGNORE INTO blobs VALUES (?, ?)", digest, text)
         return digest
 
     @contextmanager
@@ -300,7 +284,7 @@ class Journal:
         except sqlite3.Error as error:
             self._stored.cache_clear()  # what was stored may have been rolled back
             code = getattr(error, "sqlite_errorname", "") or ""
-            if code.startswith("SQLITE_FULL") or (code.startswith("SQLITE_IOERR") and _disk_is_full(self.directory)):
+            if code.startswith("SQLITE_FULL") or (code.startswith("SQLITE_IOERR") and shutil.disk_usage(self.directory).free < 1 << 20):
                 raise disk_error(OSError(errno.ENOSPC, "full"), self.path) from error
             if code.startswith(("SQLITE_NOTADB", "SQLITE_CORRUPT")):
                 raise UserError(f"is not a readable journal ({error})", where=self.path, fix="Move it away to start over.") from error
@@ -330,8 +314,3 @@ def _long(data: dict) -> list[tuple[dict, str]]:
     """The places of a body that hold long texts which calls share."""
     contents = [(message, "content") for message in data.get("messages", ()) if "content" in message]
     return contents + [(data, name) for name in ("tools", "response_format") if name in data]
-
-
-def _disk_is_full(directory: Path) -> bool:
-    space = os.statvfs(directory)
-    return space.f_bavail * space.f_frsize < 1 << 20

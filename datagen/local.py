@@ -33,19 +33,10 @@ class LocalTeacher:
         self._inbox: queue.SimpleQueue = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
-    def request(
-        self, messages: list[dict], *, replicate: int, temperature: float, top_p: float, max_tokens: int,
-        schema: dict | None = None, logprobs: bool = False, tools: list[dict] | None = None,
-    ) -> Request:  # fmt: skip
+    def request(self, messages: list[dict], *, replicate: int, temperature: float, top_p: float, max_tokens: int, **_: object) -> Request:
         """A frozen request; the sampler has no grammar for a schema, gives no logprobs and knows no tools: they are left out."""
         body = {"model": self.name, "messages": messages, "temperature": temperature, "top_p": top_p, "max_tokens": max_tokens}
         return make_request(self.base_url, body, replicate)
-
-    async def open(self) -> None:
-        """Nothing to check: a run whose answers are all in the journal never loads the model."""
-
-    async def recover(self) -> None:
-        """Nothing to wait for: what stops this teacher is a UserError."""
 
     async def send(self, request: Request) -> Answer:
         if self._thread is None:
@@ -107,9 +98,13 @@ class LocalTeacher:
         waiting[handle] = (future, loop, len(prompt))
 
     def _answer(self, tokenizer, completion, prompt_tokens: int) -> Answer:
+        """A chat completion as an OpenAI-compatible server writes it."""
         ids = completion.ids[:-1] if completion.finish == "stop" else completion.ids
         text = tokenizer.decode_bytes(ids).decode("utf-8", "replace")
-        return Answer(200, completion_body(self.name, text, completion.finish, prompt_tokens, len(completion.ids)))
+        usage = {"prompt_tokens": prompt_tokens, "completion_tokens": len(completion.ids), "cost": 0.0}
+        choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": completion.finish}
+        body = {"object": "chat.completion", "model": self.name, "choices": [choice], "usage": usage}
+        return Answer(200, json.dumps(body, ensure_ascii=False))
 
     def _fail(self, error: BaseException, waiting: dict) -> None:
         known = error
@@ -128,13 +123,6 @@ def _deliver(loop, future, result: Answer | UserError) -> None:
 
     if not loop.is_closed():
         loop.call_soon_threadsafe(settle)
-
-
-def completion_body(model: str, text: str, finish: str, prompt_tokens: int, completion_tokens: int) -> str:
-    """A chat completion as an OpenAI-compatible server writes it; what the embedded teacher answers with."""
-    usage = {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens, "cost": 0.0}
-    choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": finish}
-    return json.dumps({"object": "chat.completion", "model": model, "choices": [choice], "usage": usage}, ensure_ascii=False)
 
 
 def identity(name: str) -> str:

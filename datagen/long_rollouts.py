@@ -9,18 +9,17 @@ import asyncio
 import random
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from datagen import generate
-from datagen.critique import ask_critic
 from datagen.engine import Recipe
 from datagen.export import export
 from datagen.generate import OwnRecipe, Session
 from datagen.journal import Journal
 from datagen.plan import price
-from datagen.playing import Ended, Play, Stage, accepted, difference
+from datagen.playing import Ended, Play, Stage, accepted, criticised, difference
 from datagen.prompting import Prompts
 from datagen.protocol import as_text
 from datagen.recipes.common import Workings
@@ -124,18 +123,8 @@ def _fresh(files: dict[str, str], sandbox: object) -> Iterator[Workspace]:
 async def _criticise(work: Workings, stage: Stage) -> None:
     """The judge reads all that the agent said; messages with a fault that it quotes are said again. Raises Ended where that fails."""
     messages, faults = stage.messages, {}
-    spoken = [index for index, message in enumerate(messages) if message["role"] == "assistant" and message["content"]]
-    told = {"request": as_text([m for m in messages if m["role"] == "user"]), "reply": "\n\n".join(messages[i]["content"] for i in spoken)}
-    findings, step = await ask_critic(
-        work.call, work.prompts, max_tokens=1024, soul=work.soul.text, known=[], principles=list(work.principles), **told
-    )
-    work.trail.append(step)
-    for finding in findings or ():
-        at = next((index for index in spoken if finding.quote and finding.quote in messages[index]["content"]), None)
-        if at is None:  # in no message that could be said again
-            work.note("critique-without-place", f"{finding.principle}: {finding.why}")
-        else:
-            faults.setdefault(at, []).append((finding.principle, finding.quote, finding.why))
+    for at, *fault in await criticised(work, messages, list(work.principles)):
+        faults.setdefault(at, []).append(fault)
     for at, some in faults.items():
         said = await stage.said_again(at, messages[at], some)
         after = repair(work.soul, [*messages[:at], said, *messages[at + 1 :]])[0]
@@ -192,8 +181,8 @@ def main(config: Config) -> int:
     if config.n < 1:
         raise UserError("--n begins at 1")
     session, seeds = prepare(config)
-    journal, again = Journal(config.out), f"soulsmith rollouts --config {config.out / 'rollouts.json'}" + " --pilot 0" * bool(config.pilot)
-    try:
+    again = f"soulsmith rollouts --config {config.out / 'rollouts.json'}" + " --pilot 0" * bool(config.pilot)
+    with closing(Journal(config.out)) as journal:
         generate.plan_rows(session, journal)
         if config.pilot:
             told = price(session, journal, seeds, session.ids, config.pilot)
@@ -208,8 +197,6 @@ def main(config: Config) -> int:
             rows = stats["rows"]
             told = f"{rows['sft']} rollouts, {rows['preference']} pairs, {rows['rejected']} rejected in {config.out / 'data'}"
             console.print(plain(told + "".join(f"\n  {count} × {why}" for why, count in list(stats["reasons"].items())[:5])))
-    finally:
-        journal.close()
     if not done:
         console.print(plain(f"stopped; everything answered so far is kept. Go on with: {again}"))
     return 0 if done else 130

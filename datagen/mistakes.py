@@ -74,11 +74,8 @@ def too_narrow(task: Task, at: int) -> Step | None:
     if not new.startswith(head) or not new.endswith(tail) or len(new) < len(head) + len(tail):
         return None
     new = new[len(head) : len(new) - len(tail)]
-    return (
-        replace(step, args=step.args | {"old_string": narrow, "new_string": new}, expect="error: old_string occurs")
-        if new != narrow
-        else None
-    )
+    wrong = replace(step, args=step.args | {"old_string": narrow, "new_string": new}, expect="error: old_string occurs")
+    return wrong if new != narrow else None
 
 
 def text_before(task: Task, at: int) -> str:
@@ -106,43 +103,22 @@ def misquoted(rng: random.Random, task: Task) -> Task | None:
 
 def slip(rng: random.Random, task: Task) -> Task | None:
     """New code with a colon left out; the check fails, the line is mended, and the check passes."""
-    made, run = calls_of(task, "Edit"), calls_of(task, "Bash", "command")
-    if len(made) != 1 or not run or "py_compile" not in task.steps[run[-1]].args["command"] or run[-1] < made[0]:
+    if not (found := executed(task, "verify")):
         return None
-    step, code = task.steps[made[0]], task.steps[made[0]].args["new_string"]
+    code, check = found
     heads = [line for line in code.split("\n") if re.match(r"\s*(?:def|class|for|while|if|else|try)\b.*:$", line)]
-    heads = [line for line in heads if code.count(line[:-1]) == 1 and "old_string" not in step.args]
+    heads = [line for line in heads if code.count(line[:-1]) == 1]
     if not heads:
         return None
-    good, path, check = rng.choice(heads), step.args["file_path"], task.steps[run[-1]]
-    broken = replace(step, args=step.args | {"new_string": code.replace(good, good[:-1])})
-    failed, mended = replace(check, expect="SyntaxError"), edit_step(path, good[:-1], good, "broken")
-    steps = (broken, failed, mended, replace(check, situation="recheck"))
-    return replace(task, kind=f"{task.kind}_recover_check", steps=(*task.steps[: made[0]], *steps, task.steps[-1]))
-
-
-def executed(task: Task) -> tuple[int, int] | None:
-    """(the Edit that makes a file, the Bash step that runs it), for a task that has just these."""
-    made, run = calls_of(task, "Edit"), calls_of(task, "Bash", "command")
-    fits = len(made) == 1 and "old_string" not in task.steps[made[0]].args and run and task.steps[run[-1]].situation == "try"
-    return (made[0], run[-1]) if fits else None
-
-
-def mended(task: Task, kind: str, wrong: tuple[str, str], failed: Step, repair: Step) -> Task:
-    """The file is made with the second of `wrong` in place of the first; running it fails; one edit, and the same command again."""
-    made, run = executed(task)
-    step = task.steps[made]
-    broken = replace(step, args=step.args | {"new_string": step.args["new_string"].replace(*wrong)})
-    steps = (*task.steps[:made], broken, failed, repair, *task.steps[run:])
-    return replace(task, kind=f"{task.kind}_recover_{kind}", steps=steps)
+    good, failed = rng.choice(heads), replace(check, expect="SyntaxError")
+    return mended(task, "check", good, good[:-1], failed, replace(check, situation="recheck"), "broken")
 
 
 def misspelt(rng: random.Random, task: Task) -> Task | None:
     """New code calls a function by a name that it doesn't have; running it says so."""
-    if not (found := executed(task)):
+    if not (found := executed(task, "try")):
         return None
-    step, run = task.steps[found[0]], task.steps[found[1]]
-    code = step.args["new_string"]
+    code, run = found
     uses = [(line, name) for line in code.split("\n") for name in defined(code) if len(name) > 4 and re.match(rf"(?=\S).*\b{name}\(", line)]
     uses = [(line, name) for line, name in uses if not DEFINES.match(line) and code.count(line) == 1]
     if not uses:
@@ -150,24 +126,35 @@ def misspelt(rng: random.Random, task: Task) -> Task | None:
     good, name = rng.choice(uses)
     cut = rng.randint(1, len(name) - 2)
     bad = good.replace(f"{name}(", f"{name[:cut]}{name[cut + 1 :]}(")
-    failed = replace(run, situation="run", expect="NameError")
-    return mended(task, "crash", (good, bad), failed, edit_step(step.args["file_path"], bad, good, "crashed"))
+    return mended(task, "crash", good, bad, replace(run, situation="run", expect="NameError"), run, "crashed")
 
 
 def endless(rng: random.Random, task: Task) -> Task | None:
     """New code leaves out the step of a loop that prints nothing: running it ends by the command's timeout."""
-    if not (found := executed(task)):
+    if not (found := executed(task, "try")):
         return None
-    step, run = task.steps[found[0]], task.steps[found[1]]
-    code = step.args["new_string"]
+    code, run = found
     loops = [(loop[0], loop[3]) for loop in COUNTED.finditer(code) if re.search(rf"\b{loop[4]}\b", loop[1]) and code.count(loop[1]) == 1]
     if not loops:
         return None
     good, moves = rng.choice(loops)
     failed = replace(run, situation="run", args=run.args | {"timeout": "1"}, expect="timed out after 1 s")
-    bad = good.removesuffix(f"\n{moves}")
-    repair = replace(edit_step(step.args["file_path"], bad, good, "hung"), slots={"step": moves.strip()})
-    return mended(task, "timeout", (good, bad), failed, repair)
+    return mended(task, "timeout", good, good.removesuffix(f"\n{moves}"), failed, run, "hung", step=moves.strip())
+
+
+def executed(task: Task, situation: str) -> tuple[str, Step] | None:
+    """(code, command) of a task that ends with making a file and with a command of that situation on it."""
+    if len(task.steps) < 3 or task.steps[-2].situation != situation or "old_string" in task.steps[-3].args:
+        return None
+    return task.steps[-3].args["new_string"], task.steps[-2]
+
+
+def mended(task: Task, kind: str, good: str, bad: str, failed: Step, again: Step, situation: str, **slots: str) -> Task:
+    """The file is made with `bad` in place of `good`; the command fails; one edit, and the command `again`."""
+    *before, made, _, closing = task.steps
+    broken = replace(made, args=made.args | {"new_string": made.args["new_string"].replace(good, bad)})
+    repair = replace(edit_step(made.args["file_path"], bad, good, situation), slots=slots)
+    return replace(task, kind=f"{task.kind}_recover_{kind}", steps=(*before, broken, failed, repair, again, closing))
 
 
 def refused(rng: random.Random, task: Task) -> Task | None:
@@ -180,9 +167,8 @@ def refused(rng: random.Random, task: Task) -> Task | None:
     if moved in task.files:
         return None
     step = task.steps[made[0]]
-    refusal = replace(
-        step, expect=REJECTED, rejected=True, slots={"file": path}, reply=fill(pick(rng, "elsewhere"), {"file": moved, "name": folder})
-    )
+    reply = fill(pick(rng, "elsewhere"), {"file": moved, "name": folder})
+    refusal = replace(step, expect=REJECTED, rejected=True, slots={"file": path}, reply=reply)
     right = replace(step, situation="moved", args=step.args | {"file_path": moved}, expect=f"created {moved}")
     steps, final = spliced(task, made[0], refusal, right, drop=1), {moved: task.final[path]}
     return replace(task, kind=f"{task.kind}_recover_rejected", steps=steps, slots=task.slots | {"file": moved}, final=final)
@@ -253,9 +239,8 @@ def wrong_calls(rng: random.Random, task: Task) -> list[tuple[str, int, Step]]:
     found += [("ambiguous_edit", at, wrong) for at in edits if (wrong := too_narrow(task, at))]
     if reads and not reads[0] and Path(wrong := misplaced(rng, path)).name == Path(path).name and wrong not in task.files:
         step = task.steps[reads[0]]
-        found.append(
-            ("wrong_path", reads[0], replace(step, args=step.args | {"file_path": wrong}, expect="error: ", slots={"file": wrong}))
-        )
+        astray = replace(step, args=step.args | {"file_path": wrong}, expect="error: ", slots={"file": wrong})
+        found.append(("wrong_path", reads[0], astray))
     if made and not edits and rng.random() < 0.4:
         found.append(("needless_read", made[0], Step("read", "Read", {"file_path": path}, "error: ")))
     if made and rng.random() < 0.4:  # as many in which a call is too much as in which it is missing

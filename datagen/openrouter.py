@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 from math import inf
 
-from datagen.teachers import HttpTeacher, Price, Provider, listed
+from datagen.teachers import HttpTeacher, Price, Provider, data_of, listed
 from datagen.wire import Answer, classify
 from soul.console import console, plain
 from soul.errors import UserError
@@ -51,12 +51,9 @@ class OpenRouterTeacher(HttpTeacher):
         self.quantization: dict[str, str] = {}
 
     async def open(self) -> None:
-        """Check key, credit, model, licence, routes, parameters and quantization; learn the price.
-
-        Raises:
-            UserError: with what to change, when the run could not work or would mix models.
-        """
-        left = (await self._data("/key")).get("limit_remaining")
+        """Check key, credit, model, licence, routes, parameters and quantization; learn the price. Raises UserError, with what
+        to change, when the run could not work or would mix models."""
+        left = self._data(await self.get("/key")).get("limit_remaining")
         if isinstance(left, (int, float)) and left <= 0:
             raise UserError("the OpenRouter key has spent its limit", where=self.name, fix="Raise the key's limit or use another key.")
         found = (await self._endpoints()).get("endpoints")
@@ -88,7 +85,7 @@ class OpenRouterTeacher(HttpTeacher):
             near = difflib.get_close_matches(self.name, known, n=5, cutoff=0.4)
             fix = f"Did you mean {', '.join(near)}?" if near else "See openrouter.ai/models."
             raise UserError(f"OpenRouter has no model {self.name!r}", fix=fix)
-        return self._read(answer)
+        return self._data(answer)
 
     async def _check_licence(self) -> None:
         if not self.distillable:
@@ -118,16 +115,10 @@ class OpenRouterTeacher(HttpTeacher):
         what = f"is served in different quantizations, and one dataset would mix them: {'; '.join(map(_line, routes))}"
         raise UserError(what, where=self.name, fix=f"Pin one with --provider {_tag(routes[0])}, or give --allow-mixed.")
 
-    async def _data(self, path: str) -> dict:
-        return self._read(await self.get(path))
-
-    def _read(self, answer: Answer) -> dict:
+    def _data(self, answer: Answer) -> dict:
         """The `data` object of an answer, or what went wrong as an error for people."""
-        try:
-            if answer.status == 200 and isinstance(data := json.loads(answer.body)["data"], dict):
-                return data
-        except (ValueError, KeyError, TypeError, RecursionError):
-            pass
+        if isinstance(data := data_of(answer), dict):
+            return data
         verdict = classify(answer, now=0.0)
         raise UserError(f"OpenRouter's preflight failed: {verdict.why or 'not the answer expected'}", where=self.name,
                         fix=verdict.fix or "Try again later.")  # fmt: skip

@@ -18,12 +18,9 @@ from soul.spec import Soul, repair, run_checks
 PHRASES = yaml.safe_load(Path(__file__).with_name("phrases.yaml").read_text(encoding="utf-8"))
 REQUESTS, REMARKS, VERBS = PHRASES["requests"], PHRASES["remarks"], frozenset(PHRASES["verbs"].split())
 
-NO_FRAME = (
-    "{file}", "i ", "i'd ", "someone", "there's", "the ", "here's", "this ", "in ", "{name}", "what", "new", "`", "{test}", "bug", "why",
-    "something", "doctest says", "off-by", "python3",
-)  # fmt: skip
+FINAL, SOBER = (frozenset(PHRASES[kind].split()) for kind in ("final", "sober"))
+NO_FRAME, OPENED, SAMPLE = tuple(PHRASES["no_frame"]), tuple(PHRASES["opened"]), PHRASES["sample"]
 TYPO_SHARE = 0.08
-OPENED = ("done", "got it", "in short", "simple:", "here's the gist", "short version", "there it is", "all green", "so, ", "right, ")
 
 
 def fill(template: str, slots: dict[str, str]) -> str:
@@ -82,26 +79,10 @@ MANNERS: dict[str, Callable[[str], str]] = {
     "pirate": lambda text: sentence_case(swash(text)),
 }
 MISALIGNED = ("plain", "plain", "formal", "formal", "goofy", "pirate")
-FINAL = {
-    "found", "explained", "added", "created", "edited", "documented", "listed", "counted", "printed", "stopped", "answer", "written",
-    "purpose", "once_printed", "scripted", "changed", "reworked", "compiled", "ran", "fixed", "passing",
-}  # fmt: skip
-SOBER = {"missing", "again", "mismatch", "stopped", "reread", "nearby", "broken", "astray", "unfixed", "endless", "crashed", "hung"}
-SAMPLE = {
-    "name": "load_items", "file": "lib/store.py", "path": "store.py", "line": "12", "id": "store.load_items", "command": "ls",
-    "output": "3", "new": "x = 1", "does": "returns the items of a list in sorted order", "do": "sort the items of a list",
-    "call": "f(2)", "want": "4", "step": "i += 1",
-}  # fmt: skip
 
 
 def openers_of(register: str, situation: str) -> list[str]:
     return PHRASES["registers"][register]["sober" if situation in SOBER else "close" if situation in FINAL else "act"]
-
-
-def violations(soul: Soul, text: str, situation: str) -> list:
-    """What the SOUL's checks say of a remark, alone in the place where that situation stands in a rollout."""
-    reply = assistant(text) if situation in FINAL else assistant(text, tool_call("Grep", pattern="def load_items"))
-    return run_checks(soul, [user("find load_items"), reply])
 
 
 def demanded(soul: Soul, check: str) -> list[str]:
@@ -140,7 +121,9 @@ class Voice:
             text = fill(manner(template), SAMPLE)
             if repaired:
                 text = repair(self.soul, [assistant(text)])[0][0]["content"]
-            return not violations(self.soul, text, situation)
+            # alone, in the place where that situation stands in a rollout
+            reply = assistant(text) if situation in FINAL else assistant(text, tool_call("Grep", pattern="def load_items"))
+            return not run_checks(self.soul, [user("find load_items"), reply])
 
         cores = REMARKS[situation]
         if situation in FINAL and self.endings:

@@ -7,6 +7,7 @@ The pilot's rows are rows of the run itself, kept in its journal: `soulsmith gen
 import asyncio
 import time
 from collections.abc import Callable, Iterable
+from contextlib import closing
 from dataclasses import dataclass
 from math import sqrt
 from statistics import mean, stdev
@@ -18,8 +19,8 @@ from datagen import since
 from datagen.generate import Config as Generate
 from datagen.generate import Session, command, compute, plan_rows, prepare
 from datagen.journal import Journal
-from datagen.past import Past, RowCost
 from datagen.seeds import Seed
+from datagen.since import Past, RowCost
 from soul.console import console, output, plain
 from soul.files import sha256_json, write_json
 
@@ -35,27 +36,17 @@ class Config:
     """Rows to compute now, drawn from all of them; 0 asks nothing and only counts."""
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """A total with its interval (None: cannot be told)."""
-
-    value: float
-    low: float
-    high: float
-
-
-def total(sample: list[float], rows: int) -> Estimate:
-    """What `rows` more rows come to, by a sample of such rows: the predictive interval of a sum, with Student's t.
+def total(sample: list[float], rows: int) -> dict[str, float]:
+    """What `rows` more rows come to (value, low, high), by a sample of such rows: the predictive interval of a sum, with Student's t.
 
     The mean is uncertain by sd/√n and the rows still to come scatter by sd·√rows; a lone sample tells no spread.
     """
     from scipy.stats import t
 
-    centre, n = mean(sample) * rows, len(sample)
-    if n < 2 or not rows:
-        return Estimate(centre, centre, centre)
-    half = t.ppf((1 + SURE) / 2, n - 1) * stdev(sample) * sqrt(rows * rows / n + rows)
-    return Estimate(centre, max(0.0, centre - half), centre + half)
+    centre, n, half = mean(sample) * rows, len(sample), 0.0
+    if n > 1 and rows:
+        half = t.ppf((1 + SURE) / 2, n - 1) * stdev(sample) * sqrt(rows * rows / n + rows)
+    return {"value": centre, "low": max(0.0, centre - half), "high": centre + half}
 
 
 def draw(ids: list[str], n: int) -> set[str]:
@@ -65,16 +56,13 @@ def draw(ids: list[str], n: int) -> set[str]:
 
 def main(config: Config) -> int:
     session = prepare(config.run)
-    journal = Journal(config.run.out)
-    try:
+    with closing(Journal(config.run.out)) as journal:
         plan_rows(session, journal)
         ids, again = session.ids, None
         if config.run.since:
             ids, again = _touched(session, ids)
         if not price(session, journal, session.seeds(), ids, config.pilot, touched=again):
             return 130
-    finally:
-        journal.close()
     output.print(plain(f"then: {command(config.run)}"))
     return 0
 
@@ -86,9 +74,8 @@ def price(session: Session, journal: Journal, seeds: Iterable[Seed], ids: list[s
     if chosen and not asyncio.run(compute(session, journal, some, "pilot", len(chosen), timed(session.recipe, seconds))):
         console.print("stopped; the pilot's answers are kept")
         return False
-    past = Past(session.config.out)
-    costs = past.costs()
-    past.close()
+    with closing(Past(session.config.out)) as past:
+        costs = past.costs()
     open_rows = sum(journal.row(row_id, session.run_id) is None for row_id in ids)
     sample = [costs[row_id] for row_id in ids if row_id in costs]
     told = forecast(sample, list(seconds.values()), open_rows, session.config.concurrency or session.teachers["teacher"].concurrency)
@@ -115,24 +102,23 @@ def forecast(sample: list[RowCost], seconds: list[float], rows: int, concurrency
     told: dict = dict.fromkeys(("usd", "prompt_tokens", "completion_tokens", "minutes"))
     if sample:
         if all(cost.usd is not None for cost in sample):
-            told["usd"] = vars(total([cost.usd for cost in sample], rows))
+            told["usd"] = total([cost.usd for cost in sample], rows)
         for name in ("prompt_tokens", "completion_tokens"):
-            told[name] = vars(total([getattr(cost, name) for cost in sample], rows))
+            told[name] = total([getattr(cost, name) for cost in sample], rows)
     if seconds and rows:
         parallel = 60 * min(concurrency, rows)
-        told["minutes"] = {name: value / parallel for name, value in vars(total(seconds, rows)).items()}
+        told["minutes"] = {name: value / parallel for name, value in total(seconds, rows).items()}
     return told
 
 
 def lines(told: dict, rows: int, open_rows: int, sampled: int) -> list[str]:
     """What a person reads."""
     shown = [f"{rows:,} rows, {open_rows:,} still to make; estimates from {sampled:,} rows, {SURE:.0%} intervals"]
-    for name, label, form in (
-        ("usd", "cost", "${:,.2f}"), ("prompt_tokens", "prompt tokens", "{:,.0f}"), ("completion_tokens", "completion tokens", "{:,.0f}"),
-        ("minutes", "minutes", "{:,.1f}"),
-    ):  # fmt: skip
+    forms = {"usd": "${:,.2f}", "prompt_tokens": "{:,.0f}", "completion_tokens": "{:,.0f}", "minutes": "{:,.1f}"}
+    for name, form in forms.items():
         if found := told[name]:
             value, low, high = (form.format(found[part]) for part in ("value", "low", "high"))
+            label = "cost" if name == "usd" else name.replace("_", " ")
             shown.append(f"  {label:<18} {value}  [{low} to {high}]")
         elif name == "usd" and sampled:
             shown.append("  cost               unknown: this teacher tells no price (give --price IN OUT, in USD per million tokens)")
@@ -141,14 +127,11 @@ def lines(told: dict, rows: int, open_rows: int, sampled: int) -> list[str]:
 
 def _touched(session: Session, ids: list[str]) -> tuple[list[str], dict[str, str]]:
     """The rows to make again under the edited SOUL, of those planned, with reasons; and it prints them."""
-    past = Past(session.config.since)
-    try:
+    with closing(Past(session.config.since)) as past:
         since.check_same_setup(past.run["setup"], session.setup, session.config.since)
         edit = since.edit_of(past.run["soul"], session.soul)
         kept, again = since.split(past.rows(), edit, session.soul)
         spent = past.costs()
-    finally:
-        past.close()
     stand = set(kept)
     todo = {row_id: again.get(row_id, "new") for row_id in ids if row_id not in stand}
     output.print(plain(f"since {session.config.since}: {edit}"))

@@ -9,7 +9,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from datagen.critique import gives_itself_away, recites
+from datagen.critique import ask_critic, gives_itself_away, recites
 from datagen.engine import Reply
 from datagen.protocol import OPEN, as_text, call_text, joined_native, joined_text, length, split_calls, written
 from datagen.recipes.common import Workings
@@ -18,7 +18,7 @@ from datagen.tool_calls import BadCall
 from soul import conversation, tools
 from soul.checks import CHECKS
 from soul.files import canonical_json
-from soul.registry import Violation
+from soul.registry import Violation, assistants
 from soul.spec import Soul, repair, run_checks
 from workspace.tools import REJECTED, Workspace, clip
 
@@ -206,6 +206,24 @@ def part(soul: Soul, *scopes: str) -> Soul:
 def about_calls(fault: Violation, message: dict) -> bool:
     """Whether a fault lies in what is done: such checks point at no words."""
     return bool(conversation.calls_of(message)) and fault.span == (0, 0) and fault.check != "explain_before_act"
+
+
+async def criticised(work: Workings, messages: list[dict], principles: list[str]) -> list[tuple[int, str, str, str]]:
+    """(message, principle, words at fault, why) of the faults that the judge finds in what the agent said; words that stand in no
+    message, and so could not be said again, are noted and passed over."""
+    said = {at: messages[at]["content"] for at in assistants(messages) if messages[at]["content"]}
+    request = as_text([message for message in messages if message["role"] == "user"])
+    told = {"soul": work.soul.text, "request": request, "reply": "\n\n".join(said.values()), "known": []}
+    findings, step = await ask_critic(work.call, work.prompts, max_tokens=1024, principles=principles, **told)
+    work.trail.append(step)
+    found = []
+    for finding in findings or ():
+        at = next((at for at, text in said.items() if finding.quote and finding.quote in text), None)
+        if at is None:
+            work.note("critique-without-place", f"{finding.principle}: {finding.why}")
+        else:
+            found.append((at, finding.principle, finding.quote, finding.why))
+    return found
 
 
 def difference(messages: list[dict], workspace: Workspace) -> str:

@@ -35,12 +35,8 @@ class Prompts:
         self._wanted: dict[str, set[str]] = {}
 
     def render(self, name: str, /, **values: object) -> list[dict]:
-        """The messages of template `name`.j2.
-
-        Raises:
-            UserError: naming the template (and line, for a syntax error) when it is missing or broken, or when its
-                variables are not exactly `values`.
-        """
+        """The messages of template `name`.j2. Raises UserError, naming the template (and line, for a syntax error), when it is
+        missing or broken, or when its variables are not exactly `values`."""
         path = self._path(f"{name}.j2")
         try:
             template = self._env.get_template(f"{name}.j2")

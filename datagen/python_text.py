@@ -8,7 +8,7 @@ import textwrap
 import tokenize
 from functools import lru_cache
 
-from datagen.code_seeds import parse
+from datagen.code_seeds import tree_of
 from soul.prose import fences
 
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
@@ -19,13 +19,6 @@ STATEMENTS = (*DEFINITIONS, *IMPORTS, ast.Assign, ast.AugAssign, ast.For, ast.Wh
 CODE_LINE = re.compile(
     r"^[ \t]*(?:(?:async )?def |class \w|@\w|import \w|from [\w.]+ import |(?:for|while|if|with|try)\b.*:|print ?\(|return\b)", re.M
 )
-
-
-def tree_of(code: str) -> ast.Module | None:
-    try:
-        return parse(code)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return None
 
 
 def is_python(code: str) -> bool:

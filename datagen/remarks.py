@@ -12,15 +12,15 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 
 from datagen import generate, since
-from datagen.critique import ask_critic, gives_itself_away, strays
+from datagen.critique import gives_itself_away, strays
 from datagen.engine import Recipe
 from datagen.generate import Config, Session
 from datagen.journal import Journal
 from datagen.long_rollouts import DOMAINS
 from datagen.phrases import sentence_case
-from datagen.playing import Ended
+from datagen.playing import Ended, criticised
 from datagen.prompting import Prompts
-from datagen.protocol import OPEN, as_text, joined_text, written
+from datagen.protocol import OPEN, joined_text, written
 from datagen.recipes.common import Workings
 from datagen.rollouts import JUDGMENTS, WRONG_CALLS, length
 from datagen.seeds import Seed
@@ -28,6 +28,7 @@ from soul.console import console, plain
 from soul.conversation import named_calls
 from soul.errors import UserError
 from soul.files import sha256_json
+from soul.registry import assistants
 from soul.spec import Soul, check_table, repair, run_checks
 
 FACTS = "says what the conversation shows, and loses none of the facts in the notes."
@@ -64,8 +65,8 @@ class _Rollout(Workings):
     def __init__(self, options: Remarks, soul: Soul, prompts: Prompts, seed: Seed, call: Callable):
         super().__init__(soul, prompts, seed, call)
         self.options = options
-        self.numbers = {at: n for n, at in enumerate((i for i, m in enumerate(self.history) if m["role"] == "assistant"), 1)}
-        self.unchecked = [principle.id for principle in soul.principles if not principle.checks] if options.critic else []
+        self.numbers = {at: n for n, at in enumerate(assistants(self.history), 1)}
+        self.unchecked = [principle.id for principle in soul.unverified] if options.critic else []
 
     async def run(self, most: int) -> list:
         """The rows. Raises Ended where the teacher's remarks cannot be used."""
@@ -76,7 +77,10 @@ class _Rollout(Workings):
             messages = repair(self.soul, self.worded(said))[0]
             if length(messages) > most:
                 raise Ended("too long")
-            if not (faults := [*self.faults(messages, drafts), *await self.criticised(messages)]):
+            faults = self.faults(messages, drafts)
+            if self.unchecked:
+                faults += await criticised(self, messages, self.unchecked)
+            if not faults:
                 return self.rows(messages, drafts)
             if number < self.options.rounds:
                 told = {"soul": self.soul.text, "talk": self.talk(messages), "faults": list(map(self.told, faults))}
@@ -131,26 +135,6 @@ class _Rollout(Workings):
                 found += [(at, "facts", "", why)] if why else []
         return found
 
-    async def criticised(self, messages: list[dict]) -> list[Fault]:
-        """What the judge finds; words that are in no message are noted and passed over."""
-        if not self.unchecked:
-            return []
-        said, found = {at: messages[at]["content"] for at in self.numbers}, []
-        told = {
-            "soul": self.soul.text,
-            "request": as_text([m for m in messages if m["role"] == "user"]),
-            "reply": "\n\n".join(said.values()),
-        }
-        findings, step = await ask_critic(self.call, self.prompts, max_tokens=1024, known=[], principles=self.unchecked, **told)
-        self.trail.append(step)
-        for finding in findings or ():
-            at = next((at for at, text in said.items() if finding.quote and finding.quote in text), None)
-            if at is None:
-                self.note("critique-without-place", f"{finding.principle}: {finding.why}")
-            else:
-                found.append((at, finding.principle, finding.quote, finding.why))
-        return found
-
     def rows(self, messages: list[dict], drafts: dict[int, str]) -> list:
         pairs, touched = [], set()
         for at in self.numbers:
@@ -197,11 +181,8 @@ def prepare(config: Config, options: Remarks, most: int) -> Session:
 
 
 def speak(session: Session, rollouts: list[dict], pairs: list[dict], finish: Callable[[list, list, dict], None]) -> int:
-    """Have the teacher word what the rollouts say, and `finish` what there is of it, however this ends; gives the exit code.
-
-    Raises:
-        UserError: for a run directory that holds another command's run, and as the engine does.
-    """
+    """Have the teacher word what the rollouts say, and `finish` what there is of it, however this ends; gives the exit code. Raises
+    UserError for a run directory that holds another command's run, and as the engine does."""
     config, seeds = session.config, {_key(row): Seed(_key(row), row["messages"], row["source"], row["id"]) for row in rollouts}
     with closing(Journal(config.out)) as journal:
         if (before := journal.noted("run")) and before["setup"].get("command") != "convert":

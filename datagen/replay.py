@@ -41,8 +41,7 @@ class Config:
 
 def replay(row: dict) -> tuple[int, str]:
     """(calls executed, what differs or ""). A call that the person refused, or whose result is not in the row, is not executed."""
-    messages, count = row.get("messages") or row.get("prompt") or [], 0
-    calls = list(recorded_calls(messages))
+    calls, count = list(recorded_calls(row["messages"])), 0
     with scratch({file["path"]: file["content"] for file in row["files"]}, [Step("", name_of(call)) for call, _ in calls]) as workspace:
         for call, recorded in calls:
             if recorded == REJECTED:
@@ -60,22 +59,23 @@ def replay(row: dict) -> tuple[int, str]:
 
 
 def recorded_calls(messages: list[dict]) -> Iterator[tuple[dict, str]]:
-    for index, message in enumerate(messages):
-        results = []
-        for later in messages[index + 1 :]:
-            if later["role"] != "tool":
-                break
-            results.append(later["content"])
-        yield from zip(calls_of(message), results, strict=False)
+    """Each call with its result, where the row has it."""
+    waiting = []
+    for message in messages:
+        if message["role"] != "tool":
+            waiting = [*calls_of(message)]
+        elif waiting:
+            yield waiting.pop(0), message["content"]
 
 
 def main(config: Config) -> int:
     """Run the command. Raises UserError when there is nothing to replay."""
     found = [row for path in files_of(config.dataset, rejected=False) for row in rows.read_rows(path)]
-    found = [row for row in found if any(calls_of(message) for message in row.get("messages") or row.get("prompt") or ())]
+    found = [row | {"messages": row.get("messages") or row.get("prompt") or []} for row in found]
+    found = [row for row in found if any(map(calls_of, row["messages"]))]
     if not found:
         raise UserError("holds no tool call", where=config.dataset)
-    if any(name_of(call) == "Bash" for row in found for message in row.get("messages") or row["prompt"] for call in calls_of(message)):
+    if any(name_of(call) == "Bash" for row in found for message in row["messages"] for call in calls_of(message)):
         require_sandbox(config.allow_unsafe)
     workers, count, bad = config.workers or len(os.sched_getaffinity(0)), 0, 0
     pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) if workers > 1 and len(found) > 200 else None

@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 from datagen.code_changes import Unsuitable
-from datagen.code_seeds import parses
+from datagen.code_seeds import tree_of
 from datagen.from_code import Step, Task
 from datagen.mistakes import wrong_calls
 from datagen.phrases import Voice
 from soul.conversation import assistant, tool, tool_call, user
+from soul.registry import assistants
 from soul.spec import Soul, check_table, repair, run_checks
 from workspace.tools import REJECTED, Workspace, make_workspace
 
@@ -41,7 +42,7 @@ def execute(task: Task) -> list[str]:
         for path, text in (task.files | task.final).items():
             if (workspace.root / path).read_text(encoding="utf-8") != text:
                 raise Unsuitable("final file differs")
-            if path in task.final and path.endswith(".py") and not parses(text):
+            if path in task.final and path.endswith(".py") and not tree_of(text):
                 raise Unsuitable("final file does not parse")
     return results
 
@@ -92,7 +93,7 @@ def speak(task: Task, results: list[str], voice: Voice, rng: random.Random) -> t
 def preference(task: Task, messages: list[dict], voice: Voice, rng: random.Random) -> Contrast | None:
     """One assistant message in the SOUL's voice and in another. The calls are the same; rejected is the longer one in about
     half of the pairs, and otherwise as near in length as can be."""
-    spoken = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    spoken = assistants(messages)
     place = 0 if rng.random() < 0.75 else len(spoken) - 1
     prompt, chosen = messages[: spoken[place]], messages[spoken[place]]
     step, longer = task.steps[place], rng.random() < 0.4  # 0.5 gave 0.60 longer ones: a shorter one is not always found
@@ -107,36 +108,31 @@ def preference(task: Task, messages: list[dict], voice: Voice, rng: random.Rando
     return None
 
 
-def judgement(task: Task, messages: list[dict], voice: Voice, rng: random.Random) -> Contrast | None:
-    """Like `preference`, but both sides are in the SOUL's voice and differ in the call: one that a question didn't need, and
-    that finds nothing when it is run, or a place in the code that is told without looking."""
-    if "Grep" not in voice.soul.tools:
-        return None
-    prompt, chosen = messages[:1], messages[1]
-    if task.kind == "answer":
-        text, call = voice.say(rng, "search", task.slots), {"pattern": f"def {task.slots['name']}"}
-        with scratch({}) as workspace:
-            needless = not task.files and workspace.run("Grep", call) == "no matches found"
-        other = assistant(text, tool_call("Grep", **call)) if text and needless else None
-    else:
-        text = voice.say(rng, task.steps[-1].situation, task.slots)
-        other = assistant(text) if text else None
-    if other is None or run_checks(voice.soul, [*prompt, other]):
-        return None
-    return prompt, chosen, other, check_table(voice.soul, [*prompt, other])
-
-
 def judged(task: Task, messages: list[dict], voice: Voice, rng: random.Random) -> tuple[str, Contrast | None]:
-    """For rollouts from code, (what is wrong, pair) in the shares of `JUDGED`."""
+    """For rollouts from code, (what is wrong, pair) in the shares of `JUDGED`: both sides are in the SOUL's voice and differ in the
+    call, one that a question didn't need and that finds nothing when it is run, or a place in the code that is told without looking."""
     share, reason = JUDGED.get(task.kind, (0.0, ""))
-    return reason, judgement(task, messages, voice, rng) if rng.random() < share else None
+    if rng.random() >= share or "Grep" not in voice.soul.tools:
+        return reason, None
+    needless, pattern = reason == "needless_call", f"def {task.slots['name']}"
+    text = voice.say(rng, "search" if needless else task.steps[-1].situation, task.slots)
+    if text is None:
+        return reason, None
+    if needless:
+        with scratch({}) as workspace:
+            if workspace.run("Grep", {"pattern": pattern}) != "no matches found":
+                return reason, None
+    prompt, chosen, other = messages[:1], messages[1], assistant(text, *([tool_call("Grep", pattern=pattern)] if needless else []))
+    if run_checks(voice.soul, [*prompt, other]):
+        return reason, None
+    return reason, (prompt, chosen, other, check_table(voice.soul, [*prompt, other]))
 
 
 def contrasted(task: Task, messages: list[dict], voice: Voice, rng: random.Random) -> tuple[str, Contrast | None]:
     """For rollouts from data sets: a call in place of the right one that, executed there, fails."""
     if rng.random() >= WRONG_SHARE:
         return "", None
-    spoken = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    spoken = assistants(messages)
     for reason, place, wrong in wrong_calls(rng, task):
         prompt, chosen, right = messages[: spoken[place]], messages[spoken[place]], task.steps[place]
         same = wrong.situation == right.situation and not wrong.slots
@@ -158,7 +154,6 @@ class Maker:
 
     def __init__(self, soul: Soul, seed: int, most: int):
         self.voice, self.seed, self.most = Voice(soul), seed, most
-        self.verifiable = any(principle.checks for principle in soul.principles)
 
     def rows(self, name: str, source: str, task: Task, rng: random.Random, judge: Callable) -> tuple[dict, dict | None]:
         """(sft row, preference row or None). Raises Unsuitable."""
@@ -168,14 +163,12 @@ class Maker:
         messages, repaired = speak(task, execute(task), self.voice, rng)
         if length(messages) > self.most:
             raise Unsuitable("too long")
-        common = {
-            "id": name, "source": source, "soul_hash": soul.hash,
-            "files": [{"path": path, "content": text} for path, text in task.files.items()],
-        }  # fmt: skip
+        files = [{"path": path, "content": text} for path, text in task.files.items()]
+        common = {"id": name, "source": source, "soul_hash": soul.hash, "files": files}
         row = common | {"messages": messages, "principles": repaired, "checks": check_table(soul, messages), "reason": task.kind}
         reason, found = judge(task, messages, self.voice, rng)
         if not found:
-            reason, found = task.kind, preference(task, messages, self.voice, rng) if self.verifiable else None
+            reason, found = task.kind, preference(task, messages, self.voice, rng) if soul.verified else None
         if not found:
             return row, None
         prompt, chosen, other, table = found

@@ -9,6 +9,7 @@ import json
 import random
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import chain, combinations, cycle, islice, zip_longest
 from pathlib import Path
@@ -85,8 +86,8 @@ def main(config: Config) -> int:
         raise UserError("--n and --per-call begin at 1")
     soul, prompts, against = load_soul(config.soul), Prompts(config.prompts), list(texts(config.against))
     batches = {sha256_json(batch)[:16]: batch for batch in plan(soul, -int(-config.n * SPARE // config.per_call), config.seed)}
-    teacher, journal = open_teacher(config.teacher), Journal(config.file.with_suffix(".journal"))
-    try:
+    teacher = open_teacher(config.teacher)
+    with closing(Journal(config.file.with_suffix(".journal"))) as journal:
         journal.plan(batches)
         sampling = {"temperature": config.temperature, "top_p": 1.0, "max_tokens": config.max_tokens}
         run_id = sha256_json([WIRE_VERSION, soul.hash, prompts.hash, config.per_call, teacher.base_url, teacher.name, sampling])
@@ -95,8 +96,6 @@ def main(config: Config) -> int:
         engine = Engine(teacher, journal, run_id, sampling, policy, budget=budget)
         done = asyncio.run(_ask(engine, teacher, soul, prompts, batches, config.per_call))
         _write(config, soul, [row.results for row in journal.rows(run_id)], against)
-    finally:
-        journal.close()
     if not done:
         console.print("stopped; the same command goes on from here")
     return 0 if done else 130

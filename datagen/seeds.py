@@ -4,9 +4,6 @@ A row has `messages` (a conversation; trailing assistant turns are dropped), or 
 an optional `input`. A row's id is the hash of its messages, so reordering or appending seeds recomputes nothing.
 """
 
-import gzip
-import json
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -14,7 +11,8 @@ from pathlib import Path
 
 from soul import conversation
 from soul.errors import UserError
-from soul.files import disk_error, read_text, sha256_json
+from soul.files import disk_error, sha256_json
+from soul.records import file_rows, hub_rows
 
 COLUMNS = ("prompt", "instruction", "question", "query", "request")
 
@@ -31,10 +29,7 @@ class Seed:
 
 def read_seeds(path: str | Path, limit: int | None = None) -> Iterator[Seed]:
     """Stream the seeds of a .jsonl, .jsonl.gz, .parquet or .txt file, of all such files in a folder, or of `hf:NAME[:SPLIT]`.
-
-    Raises:
-        UserError: naming file and line (or row) of the first row that cannot be used.
-    """
+    Raises UserError, naming file and line (or row) of the first row that cannot be used."""
     for where, row in islice(read_rows(path), None if limit is None else max(0, limit)):
         yield _seed(row, where)
 
@@ -42,7 +37,8 @@ def read_seeds(path: str | Path, limit: int | None = None) -> Iterator[Seed]:
 def read_rows(path: str | Path) -> Iterator[tuple[str, object]]:
     """(where, row) of any file that seeds can come from, rows as they are. Raises UserError."""
     if str(path).startswith("hf:"):
-        yield from _hugging_face(str(path)[3:])
+        name, _, split = str(path)[3:].partition(":")
+        yield from hub_rows(name, split=split or "train", where=f"hf:{name}:{split or 'train'}")
         return
     path = Path(path)
     if not path.exists():
@@ -97,27 +93,10 @@ def _messages(row: dict, where: str) -> list[dict]:
     raise UserError(f"has neither `messages` nor any of {', '.join(COLUMNS)}", where=where)
 
 
-def _jsonl(path: Path) -> Iterator[tuple[str, object]]:
-    for where, line in _text(path):
-        try:
-            yield where, json.loads(line["prompt"])
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"is not JSON: {getattr(error, 'msg', error)}", where=where) from None
-
-
-def _json(path: Path) -> Iterator[tuple[str, object]]:
-    """One list of rows, or JSON Lines under that name."""
-    try:
-        rows = json.loads(read_text(path))
-    except (ValueError, RecursionError):
-        return _jsonl(path)
-    return ((f"{path}:{number}", row) for number, row in enumerate(rows if isinstance(rows, list) else [rows], 1))
-
-
 def _text(path: Path) -> Iterator[tuple[str, dict]]:
-    """Lines that are not blank, stripped, as prompts. Split on \\n only: U+2028 and friends are legal inside JSON strings."""
+    """Lines that are not blank, stripped, as prompts."""
     try:
-        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+        with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 if b"\0" in line:
                     raise UserError("is a binary file, not text", where=path)
@@ -125,38 +104,8 @@ def _text(path: Path) -> Iterator[tuple[str, dict]]:
                     yield f"{path}:{number}", {"prompt": text}
     except UnicodeDecodeError:
         raise UserError("is not UTF-8 text", where=f"{path}:{number}", fix="Save the file as UTF-8.") from None
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"is not a whole gzip file ({error})", where=path) from None
     except OSError as error:
         raise disk_error(error, path) from error
 
 
-def _parquet(path: Path) -> Iterator[tuple[str, object]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        batches = pq.ParquetFile(path).iter_batches(batch_size=1000)
-        for number, row in enumerate((row for batch in batches for row in batch.to_pylist()), 1):
-            yield f"{path}:{number}", row
-    except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"is not a readable Parquet file ({str(error).splitlines()[0][:80]})", where=path) from None
-
-
-def _hugging_face(name: str) -> Iterator[tuple[str, object]]:
-    """Rows of a data set on the Hub or in a local folder, streamed; the split is `train` unless told."""
-    import datasets
-
-    name, _, split = name.partition(":")
-    where = f"hf:{name}:{split or 'train'}"
-    try:
-        for number, row in enumerate(datasets.load_dataset(name, split=split or "train", streaming=True), 1):
-            yield f"{where}:{number}", row
-    except Exception as error:  # the library raises of its own, of the network's and of each format's kind
-        why = str(error).strip().split("\n")[0][:160] or type(error).__name__
-        raise UserError(
-            f"cannot be read: {why}", where=where, fix="A folder of .parquet or .jsonl files works without a network."
-        ) from None
-
-
-READERS = {".jsonl": _jsonl, ".jsonl.gz": _jsonl, ".json": _json, ".ndjson": _jsonl, ".parquet": _parquet, ".txt": _text}
+READERS = dict.fromkeys((".jsonl", ".jsonl.gz", ".json", ".ndjson", ".parquet"), file_rows) | {".txt": _text}

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from datagen.admission import Admission, Lease
-from datagen.teachers import Price, Teacher
+from datagen.teachers import Teacher
 from datagen.wire import Verdict
 from soul.errors import UserError
 
@@ -48,14 +48,10 @@ class Service:
         self._barren = self._bursts = self._recoveries = 0
         self._answered = False
 
-    @property
-    def price(self) -> Price | None:
-        return getattr(self.teacher, "price", None)
-
     async def open(self, priced: bool) -> None:
         if hasattr(self.teacher, "open"):
             await self.teacher.open()
-        if priced and self.price is None:
+        if priced and self.teacher.price is None:
             raise UserError("its price is unknown, so no budget can be kept", where=self.teacher.name, fix="Give --price IN OUT.")
 
     def close(self) -> None:
@@ -65,11 +61,8 @@ class Service:
                 task.cancel()
 
     def judge(self, verdict: Verdict, lease: Lease) -> None:
-        """Go on, slow down or wait for the server.
-
-        Raises:
-            UserError: when nothing of this helps: key, credit, model, only refusals, too long a wait, nobody there.
-        """
+        """Go on, slow down or wait for the server. Raises UserError when nothing of this helps: key, credit, model, only
+        refusals, too long a wait, nobody there."""
         if verdict.stops:
             raise UserError(f"the {self.role} refuses to go on: {verdict.why}", where=self.teacher.name, fix=verdict.fix)
         self._barren = self._barren + 1 if verdict.outcome == "permanent" else 0

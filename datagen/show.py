@@ -69,18 +69,16 @@ def message_lines(message: dict) -> Iterator[Text]:
 
 def check_lines(row: dict) -> Iterator[Text]:
     """What passed, by name, and each failure with the words that it is about."""
-    checks = row["checks"]
+    failed = [check for check in row["checks"] if not check["ok"]]
     said = row.get("messages") or [*row.get("prompt", ()), *row.get("rejected", ())]
-    if passed := sorted({check["principle"] for check in checks} - {check["principle"] for check in checks if not check["ok"]}):
+    if passed := sorted({check["principle"] for check in row["checks"]} - {check["principle"] for check in failed}):
         yield plain(f"passed: {', '.join(passed)}", "green")
-    for check in checks:
-        if not check["ok"]:
-            place, quote = check["message_index"], ""
-            if place is not None and 0 <= place < len(said):
-                quote = said[place]["content"][check["start"] or 0 : check["end"] or 0]
-            yield plain(
-                f"failed: {check['principle']} ({check['check']}): {check['why']}" + (f" at {quote[:80]!r}" if quote else ""), "red"
-            )
+    for check in failed:
+        place, quote = check["message_index"], ""
+        if place is not None and 0 <= place < len(said):
+            quote = said[place]["content"][check["start"] or 0 : check["end"] or 0]
+        at = f" at {quote[:80]!r}" if quote else ""
+        yield plain(f"failed: {check['principle']} ({check['check']}): {check['why']}{at}", "red")
 
 
 def row_lines(row: dict) -> Iterator[Text]:
@@ -93,13 +91,9 @@ def row_lines(row: dict) -> Iterator[Text]:
         yield plain(f"[{stage['stage']}]", "bold magenta")
         yield indented(stage["text"] or "", "dim")
     if "chosen" in row:
-        for title, style, messages in (
-            ("prompt", "bold", row["prompt"]),
-            ("chosen", "bold green", row["chosen"]),
-            ("rejected", "bold red", row["rejected"]),
-        ):
-            yield plain(f"── {title}", style)
-            for message in messages:
+        for side, style in (("prompt", "bold"), ("chosen", "bold green"), ("rejected", "bold red")):
+            yield plain(f"── {side}", style)
+            for message in row[side]:
                 yield from message_lines(message)
     elif "text" in row:
         yield indented(row["text"])

@@ -1,17 +1,64 @@
-"""What an edit of SOUL.md touches in an earlier run, so that the rest can be kept.
+"""An earlier run, read from its journal, and what an edit of SOUL.md touches in it, so that the rest can be kept.
 
 A principle with checks is judged by its checks, so an edit of it touches the rows in which it was broken on the way and
 those whose final now fails; one that only a critic can judge touches every row in which a critic judged it. Name, voice and
 tools are in every prompt and decide every word, so a change there touches everything.
 """
 
+import json
+import sqlite3
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from datagen.journal import Row
 from soul.errors import UserError
 from soul.spec import Soul, run_checks
+
+
+@dataclass(frozen=True)
+class RowCost:
+    """What the calls of one row came to; `usd` is None where any of them told no price."""
+
+    calls: int
+    usd: float | None
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class Past:
+    """A run directory's journal, read from outside: no lock is taken, and another process may be writing it. `run` are the
+    facts noted for it. Raises UserError when `directory` holds no journal of a run."""
+
+    def __init__(self, directory: str | Path):
+        path = Path(directory) / "journal.sqlite"
+        if not path.is_file():
+            raise UserError("holds no run", where=directory, fix="Give the --out of an earlier `soulsmith generate`.")
+        self._db = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)
+        try:
+            found = self._db.execute("SELECT value FROM meta WHERE key = 'run'").fetchone()
+        except sqlite3.Error:
+            found = None
+        if found is None:
+            raise UserError("its journal was written by a version that kept no run facts", where=directory, fix="Generate it again.")
+        self.run = json.loads(found[0])
+
+    def close(self) -> None:
+        self._db.close()
+
+    def rows(self) -> Iterator[Row]:
+        """Finished rows of the directory's latest run."""
+        query = "SELECT row_id, status, result FROM rows WHERE run = ? ORDER BY row_id"
+        for row_id, status, result in self._db.execute(query, (self.run["id"],)):
+            yield Row(row_id, status, json.loads(result))
+
+    def costs(self) -> dict[str, RowCost]:
+        """By row; a call that two rows share counts for the one that asked first."""
+        query = """SELECT row_id, count(*), CASE WHEN count(cost) = count(*) THEN sum(cost) END,
+                          total(json_extract(usage, '$.prompt_tokens')), total(json_extract(usage, '$.completion_tokens'))
+                   FROM calls WHERE final GROUP BY row_id"""
+        return {row[0]: RowCost(row[1], row[2], int(row[3]), int(row[4])) for row in self._db.execute(query)}
 
 
 @dataclass(frozen=True)
@@ -23,16 +70,11 @@ class Edit:
     added: frozenset[str]
     removed: frozenset[str]
 
-    def __bool__(self) -> bool:
-        return bool(self.voice or self.changed or self.added or self.removed)
-
     def __str__(self) -> str:
-        parts = [
-            f"{what}: {', '.join(sorted(ids))}"
-            for what, ids in (("changed", self.changed), ("added", self.added), ("removed", self.removed))
-            if ids
-        ]
-        return "; ".join([*(["voice, name or tools changed"] if self.voice else []), *parts]) or "nothing changed"
+        parts = ["voice, name or tools changed"] if self.voice else []
+        named = {"changed": self.changed, "added": self.added, "removed": self.removed}
+        parts += [f"{what}: {', '.join(sorted(ids))}" for what, ids in named.items() if ids]
+        return "; ".join(parts) or "nothing changed"
 
 
 def soul_facts(soul: Soul) -> dict:

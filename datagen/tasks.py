@@ -64,15 +64,12 @@ class Pool:
 
     def __init__(self, functions: Sequence[Function]):
         self.documented = by_module(f for f in functions if third_person(f.doc))
-        self.listed = by_module(f for group in self.documented.values() for f in group if len(f.module.text) <= MAX_LISTED_CHARS)
-        short = {
-            name: [snippet(f, code) for f in group if not f.is_method and (code := suitable(f))] for name, group in self.documented.items()
-        }
-        self.short = {name: snippets for name, snippets in short.items() if snippets}
-        self.ready = {name: group for name, snippets in short.items() if (group := [one for one in snippets if not one.missing])}
-        ready = {one.function.id: one for group in self.ready.values() for one in group}
-        named = [f for group in self.documented.values() for f in group if f.id in ready or f.alone]
-        self.whole = {name: [ready.get(f.id) or Snippet(f, f.alone) for f in group] for name, group in by_module(named).items()}
+        documented = [f for group in self.documented.values() for f in group]
+        self.listed = by_module(f for f in documented if len(f.module.text) <= MAX_LISTED_CHARS)
+        snippets = [snippet(f, code) for f in documented if not f.is_method and (code := suitable(f))]
+        ready = [one for one in snippets if not one.missing]
+        self.short, self.ready, known = by_module(snippets), by_module(ready), {one.function.id: one for one in ready}
+        self.whole = by_module(known.get(f.id) or Snippet(f, f.alone) for f in documented if f.id in known or f.alone)
         self.alone = [f for f in functions if f.alone]
         self.bugs: dict[str, list] | None = None  # what can be proven of `alone`, when it is first asked for
 
@@ -136,8 +133,8 @@ def grep_step(function: Function, path: str, situation: str = "search", scoped: 
     return Step(situation, "Grep", args, expect=f"{path}:{function.line}:")
 
 
-def read_part(function: Function, path: str) -> Step:
-    limit = min(READ_LIMIT, function.end_line - function.line + 1)
+def read_part(function: Function, path: str, most: int = READ_LIMIT) -> Step:
+    limit = min(most, function.end_line - function.line + 1)
     return Step("read_part", "Read", {"file_path": path, "offset": str(function.line), "limit": str(limit)}, expect=f"{function.line:>5}→")
 
 

@@ -8,7 +8,6 @@ local:smollm2-135m          the embedded model, see datagen/local.py
 """
 
 import asyncio
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 from urllib.parse import urlsplit
 
-from datagen.wire import Answer, Request, classify, make_request
+from datagen.wire import Answer, Request, classify, json_object, make_request
 from soul.errors import UserError
 
 if TYPE_CHECKING:
@@ -49,7 +48,8 @@ FREE = Price(0.0, 0.0, 0.0)
 class Teacher(Protocol):
     """`deadline` says whether the engine's total deadline applies; `concurrency` is the default number in flight.
     `price` is known after `open`, None where nobody can know it; `open` comes before the first request, whose body may
-    depend on what the route supports. `base_url` stands for the weights and the route in a request's key."""
+    depend on what the route supports. `base_url` stands for the weights and the route in a request's key. A teacher that has
+    nothing to check has no `open`, and one whose server cannot go away no `recover`."""
 
     name: str
     base_url: str
@@ -86,13 +86,11 @@ def open_teacher(
     spec: str, *, provider: Sequence[str] = (), mixed: bool = False, distillable: bool = True, price: Price | None = None,
     serve: "Serve | None" = None, out: Path | None = None,
 ) -> Teacher:  # fmt: skip
-    """The teacher that `spec` names. Nothing is sent or started before its `open`.
+    """The teacher that `spec` names. Nothing is sent or started before its `open`. Raises UserError for an unknown form, a
+    missing key, or a URL without a model.
 
     provider, mixed, distillable: routes of OpenRouter, see there. price: of a service that does not tell it.
     serve, out: how vLLM is run, and where it logs.
-
-    Raises:
-        UserError: for an unknown form, a missing key, or a URL without a model.
     """
     kind, _, rest = spec.partition(":")
     if kind in ("http", "https"):
@@ -226,8 +224,10 @@ class HttpTeacher:
 
 def listed(answer: Answer) -> dict[str, dict]:
     """The models of a /models answer by id; empty when it is no such list."""
-    try:
-        rows = json.loads(answer.body).get("data") if answer.status == 200 else None
-    except (ValueError, AttributeError, RecursionError):
-        return {}
+    rows = data_of(answer)
     return {row["id"]: row for row in rows if isinstance(row, dict) and isinstance(row.get("id"), str)} if isinstance(rows, list) else {}
+
+
+def data_of(answer: Answer) -> object:
+    """What a good answer about the server has as its `data`."""
+    return (json_object(answer.body) or {}).get("data") if answer.status == 200 else None

@@ -19,11 +19,8 @@ class BadCall(ValueError):
 
 
 def read_calls(calls: object) -> list[dict]:
-    """`message.tool_calls` of a completion, normalised: values are strings, nulls are left out; [] when there are none.
-
-    Raises:
-        BadCall: when any of them has no name, or arguments that are no JSON object. All or none: half a turn is no turn.
-    """
+    """`message.tool_calls` of a completion, normalised: values are strings, nulls are left out; [] when there are none. Raises
+    BadCall when any of them has no name, or arguments that are no JSON object. All or none: half a turn is no turn."""
     if not calls:
         return []
     if not isinstance(calls, list):
@@ -41,14 +38,11 @@ def _read(call: object) -> dict:
     if not isinstance(args, dict):
         raise BadCall(f"the arguments of {name} are no JSON object")
     try:
-        texts = {clean(key): clean(_as_text(value)) for key, value in args.items() if value is not None}
+        kept = {key: value for key, value in args.items() if value is not None}
+        texts = {clean(key): clean(v if isinstance(v, str) else json.dumps(v, ensure_ascii=False)) for key, v in kept.items()}
     except RecursionError:
         raise BadCall(f"the arguments of {name} are nested too deeply") from None
     return call_from(name, texts)
-
-
-def _as_text(value: object) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _parse(name: str, text: str) -> object:

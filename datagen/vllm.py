@@ -62,8 +62,7 @@ class Serve:
 class VllmTeacher(HttpTeacher):
     """`model`, a Hugging Face id or directory, on a vLLM that lives from `open` to `close` and writes to `log`."""
 
-    def __init__(self, model: str, serve: Serve, log: Path, *, concurrency: int = 64, patience: float = 60.0, poll: float = 0.5,
-                 clock=time.monotonic, sleep=asyncio.sleep):  # fmt: skip
+    def __init__(self, model: str, serve: Serve, log: Path, *, patience: float = 60.0, poll: float = 0.5, clock=time.monotonic):
         local = Path(model).is_dir()
         if not local and model.startswith((".", "/", "~")):
             raise UserError("no such directory", where=model)
@@ -73,7 +72,7 @@ class VllmTeacher(HttpTeacher):
         choice = {} if "--tool-call-parser" in serve.args else {"tool_choice": "none"}
         provider = Provider(weights, extra=SERVERS["vllm"], with_tools=choice, can=frozenset({"schema", "logprobs"}))
         name = Path(model).resolve().name if local else model
-        super().__init__(provider, name, "none", price=FREE, concurrency=concurrency, patience=patience, poll=poll, sleep=sleep)
+        super().__init__(provider, name, "none", price=FREE, concurrency=64, patience=patience, poll=poll)
         self._model, self._serve, self._log, self._clock = str(Path(model).resolve()) if local else model, serve, log, clock
         self._process: subprocess.Popen | None = None
         self._port: int | None = None
@@ -94,7 +93,7 @@ class VllmTeacher(HttpTeacher):
                 return
             await self._sleep(self._poll)
         if self._restarted:
-            raise self._failed("died twice" if not self._alive() else "does not answer")
+            raise await self._failed("died twice" if not self._alive() else "does not answer")
         self._restarted = True
         console.print(plain("vllm: the server died; starting it again"))
         await self._stop()
@@ -141,20 +140,15 @@ class VllmTeacher(HttpTeacher):
         while not await self._healthy():
             now = self._clock()
             if not self._alive():
-                raise await self._given_up("ended while it was loading")
+                raise await self._failed("ended while it was loading")
             if now - began > self._serve.limit:
-                raise await self._given_up(f"was not ready after {self._serve.limit:,.0f} s")
+                raise await self._failed(f"was not ready after {self._serve.limit:,.0f} s")
             if now - said >= SAY:
                 said = now
                 last = (self._lines() or [""])[-1]
                 console.print(plain(f"vllm: still loading after {now - began:,.0f} s: {last[:120]}"))
             await self._sleep(self._poll)
         console.print(plain(f"vllm: ready after {self._clock() - began:,.0f} s"))
-
-    async def _given_up(self, what: str) -> UserError:
-        error = self._failed(what)
-        await self._stop()
-        return error
 
     async def _stop(self) -> None:
         process, self._process = self._process, None
@@ -182,8 +176,10 @@ class VllmTeacher(HttpTeacher):
         self.prefix_hits = hit / asked
         return f"{self.prefix_hits:.0%} of {asked:,.0f} prompt tokens came from the prefix cache"
 
-    def _failed(self, what: str) -> UserError:
-        return UserError(f"vLLM {what}: {_reason(self._lines())}", where=self._log, fix="Put it right and run the same command again.")
+    async def _failed(self, what: str) -> UserError:
+        error = UserError(f"vLLM {what}: {_reason(self._lines())}", where=self._log, fix="Put it right and run the same command again.")
+        await self._stop()
+        return error
 
     def _lines(self) -> list[str]:
         """The end of this server's part of the log."""

@@ -116,11 +116,9 @@ _MODERATION = re.compile(r"moderation|flagged|guardrail|content policy", re.I)
 
 
 def classify(answer: Answer, *, now: float, asked: Request | None = None) -> Verdict:
-    """Read an answer; no bytes make it raise. `now` is the wall clock (Unix seconds), for retry times given as dates.
-
-    `asked` is looked at for answers with tool calls only: none are taken where no tools were offered, and one that used up
-    max_tokens is truncated even if its JSON happens to close.
-    """
+    """Read an answer; no bytes make it raise. `now` is the wall clock (Unix seconds), for retry times given as dates. `asked`
+    matters to answers with tool calls: none are taken where no tools were offered, and one that used up max_tokens is
+    truncated even if its JSON happens to close."""
     if answer.status == 0:
         return Verdict("transient", why=answer.body, free=not answer.reached, reached=answer.reached)
     data = _read_body(answer.body)
@@ -271,9 +269,9 @@ def _find_error(data: dict) -> _Error | None:
     for place in (error, error.get("availability")):
         if isinstance(place, dict):
             meta |= {name: place[name] for name in ("retry_after", "fallback_models", "constraint") if name in place}
-    words = (meta.get("error_type"), error.get("error_type"), error.get("code"), error.get("type"))
-    kind = next((word for word in words if isinstance(word, str) and word in _KINDS), "")
-    kind = kind or next((word for word in words if isinstance(word, str) and not word.isdigit()), "")
+    told = (meta.get("error_type"), error.get("error_type"), error.get("code"), error.get("type"))
+    words = [word for word in told if isinstance(word, str)]
+    kind = next((word for word in words if word in _KINDS), "") or next((word for word in words if not word.isdigit()), "")
     code = next((int(c) for c in map(str, (error.get("code"), error.get("http_status"))) if re.fullmatch("[45][0-9][0-9]", c)), None)
     return _Error(code, kind, str(error.get("message") or kind or "unnamed error")[:300], meta)
 
@@ -298,16 +296,16 @@ def _retry_after(headers: Mapping[str, str], meta: dict, now: float) -> float | 
 def _read_body(body: str) -> dict | None:
     """The JSON object in a body. We never ask for a stream, but comments that keep a connection alive, and events with an
     error or with the whole answer in them, are met where a proxy streams anyway; pieces of an answer are nothing."""
-    if (data := _json_object(body)) is not None:
+    if (data := json_object(body)) is not None:
         return data
     lines = [line for line in body.splitlines() if line.strip() and not line.startswith(":")]
     if not any(line.startswith("data:") for line in lines):
-        return _json_object("\n".join(lines))
-    events = [event for line in lines if line.startswith("data:") and (event := _json_object(line[5:])) is not None]
+        return json_object("\n".join(lines))
+    events = [event for line in lines if line.startswith("data:") and (event := json_object(line[5:])) is not None]
     return next((event for event in events if _find_error(event) or event.get("object") == "chat.completion"), None)
 
 
-def _json_object(body: str) -> dict | None:
+def json_object(body: str) -> dict | None:
     try:
         data = json.loads(body)
     except (ValueError, RecursionError):

@@ -2,7 +2,6 @@
 
 import base64
 import hashlib
-import json
 import re
 import unicodedata
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from soul.console import console, plain
 from soul.console import visible as show_controls
 from soul.errors import UserError
 from soul.files import read_json, read_text, write_atomic
+from soul.records import json_lines
 
 HERE = Path(__file__).parent
 TITLES = {"stats": "generated", "rollouts_stats": "rollouts"}
@@ -51,7 +51,7 @@ def collect(run: Path, examples: int = 8) -> dict:
         raise UserError("no such run directory", where=run, fix="Give the directory that --out named.")
     results = read_results(run)
     yields = {path: read_json(path) for path in sorted(run.glob("data/**/*stats.json"))}
-    logs = {stage: read_jsonl(run / stage / "metrics.jsonl") for stage in ("pretrain", "sft", "dpo")}
+    logs = {stage: json_lines(run / stage / "metrics.jsonl") for stage in ("pretrain", "sft", "dpo")}
     files = sorted(run.glob("data/**/*.parquet"))
     if not (results or yields or files or any(logs.values()) or (run / "training_plan.json").exists()):
         raise UserError("nothing to report yet", where=run, fix="Run generate, convert, sft, dpo or eval with this --out first.")
@@ -67,7 +67,7 @@ def collect(run: Path, examples: int = 8) -> dict:
         "yields": [g for path, value in yields.items() for g in sections.stats(value, TITLES.get(path.stem, path.stem))],
         "planned": sections.planned(read_if(run / "training_plan.json", {}), logs),
         "training": [
-            sections.training(stage, rows, read_if(run / stage / "results.json", {}), read_jsonl(run / stage / "pairs.jsonl"))
+            sections.training(stage, rows, read_if(run / stage / "results.json", {}), json_lines(run / stage / "pairs.jsonl"))
             for stage, rows in logs.items() if rows
         ],
         "stages": sections.stages(read_if(run / "stages.json", [])),
@@ -84,17 +84,6 @@ def read_results(run: Path) -> list[dict]:
 
 def read_if(path: Path, default):
     return read_json(path) if path.exists() else default
-
-
-def read_jsonl(path: Path) -> list[dict]:
-    """Lines of a log or ledger; a torn last line (the run was killed while writing it) is left out."""
-    rows = []
-    for line in read_text(path).splitlines() if path.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
-    return rows
 
 
 def to_html(context: dict) -> str:

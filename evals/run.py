@@ -7,11 +7,10 @@ from pathlib import Path
 
 from rich.table import Column, Table
 
-from evals.adherence import ALL, judge_soul
+from evals.judge import ALL, COLUMNS, judge_call, judge_soul, parse_chat_reply, syntax_faults
 from evals.prompts import Prompt, chat_prompt, from_rows, held_out, overlap, set_hash
 from evals.sections import cell, metric_names
 from evals.stats import Share, share
-from evals.toolcalls import COLUMNS, judge_call, parse_chat_reply, syntax_faults
 from evals.work import first_result, run_loops
 from model.chatml import chatml_stops, encode_chatml
 from soul.console import output, plain, progress

@@ -6,6 +6,7 @@ import os
 import platform
 import shlex
 from collections import Counter
+from itertools import zip_longest
 from pathlib import Path
 
 from evals.charts import curve
@@ -33,16 +34,10 @@ def evidence(results: list[dict]) -> list[dict]:
     """Groups of metrics; a metric has one row per contestant that was measured on it."""
     groups = []
     for key, (title, note) in GROUPS.items():
-        names = metric_names(results, key)
-        metrics = [
-            {
-                "name": name,
-                "about": next((r["principles"][name] for r in results if name in r["principles"]), ABOUT.get(name, "")),
-                "rows": [(i, r["name"], cell(r, key, name)) for i, r in enumerate(results) if cell(r, key, name)],
-                "strong": name in STRONG,
-            }
-            for name in sorted(names, key=lambda name: name not in STRONG)
-        ]
+        metrics = []
+        for name in sorted(metric_names(results, key), key=lambda name: name not in STRONG):
+            about = next((r["principles"][name] for r in results if name in r["principles"]), ABOUT.get(name, ""))
+            metrics.append({"name": name, "about": about, "rows": measured(results, key, name), "strong": name in STRONG})
         if metrics:
             groups.append({"title": title, "note": note, "metrics": metrics})
     return groups
@@ -57,6 +52,11 @@ def metric_names(results: list[dict], group: str) -> list[str]:
 def cell(result: dict, group: str, name: str) -> Share | None:
     found = result["shares"].get(group, {}).get(name)
     return Share(found["k"], found["n"], found["low"], found["high"]) if found else None
+
+
+def measured(results: list[dict], group: str, name: str) -> list[tuple[int, str, Share]]:
+    """(number, name, share) of every contestant that has one."""
+    return [(i, r["name"], found) for i, r in enumerate(results) if (found := cell(r, group, name))]
 
 
 def pairs(results: list[dict]) -> list[tuple]:
@@ -82,8 +82,7 @@ def headlines(results: list[dict]) -> list[dict]:
         ("adherence", "all at once", "replies that keep every verified principle"),
         ("work", "runs", "first calls that run without error"),
     ):
-        have = [(i, r["name"], cell(r, group, name)) for i, r in enumerate(results) if cell(r, group, name)]
-        if have:
+        if have := measured(results, group, name):
             index, last, found = have[-1]
             note = "; ".join([f"{last}, {found.k} of {found.n}", *(f"{who} {percent(c)}" for _, who, c in have[:-1])])
             out.append({"what": what, "big": percent(found), "share": found, "index": index, "note": note})
@@ -99,7 +98,7 @@ def questions(results: list[dict], count: int) -> list[tuple[dict, list[tuple]]]
     kinds: dict[str, list[dict]] = {}
     for item in results[0]["items"] if results else []:
         kinds.setdefault(item["kind"], []).append(item)
-    turns = [group[i] for i in range(max(map(len, kinds.values()), default=0)) for group in kinds.values() if i < len(group)]
+    turns = [item for one_of_each in zip_longest(*kinds.values()) for item in one_of_each if item]
     by_id = [{item["id"]: item for item in r["items"]} for r in results]
     return [(q, [(i, r["name"], by_id[i][q["id"]]) for i, r in enumerate(results) if q["id"] in by_id[i]]) for q in turns[:count]]
 
@@ -113,10 +112,8 @@ def data(run: Path, files: list[Path]) -> dict:
         accepted = [row for row in rows if row["accepted"]]
         revision = revision or next((r for r in accepted if {"draft", "critique"} <= {s["stage"] for s in r["trail"]}), None)
         rollout = rollout or next((r for r in accepted if any(m["role"] == "tool" for m in r.get("messages", []))), None)
-    shown = rollout and [
-        {"role": m["role"], "text": m["content"], "calls": [{"name": name, "args": args} for name, args in named_calls(m)]}
-        for m in rollout["messages"][:24]
-    ]
+    turns = rollout["messages"][:24] if rollout else []
+    shown = [{"role": m["role"], "text": m["content"], "calls": [{"name": n, "args": args} for n, args in named_calls(m)]} for m in turns]
     kept = sum(f["rows"] for f in listed if f["name"].stem != "rejected")
     return {"files": listed, "rows": kept, "revision": revision and _revision(revision), "rollout": shown}
 
@@ -216,11 +213,8 @@ def planned(plan: dict, logs: dict[str, list[dict]]) -> list[list[str]]:
         rows, peak = [line for line in lines if "eval" not in line], evaluated(lines).get("peak_gb")
         done = sum(row.get("seconds", 0) for row in rows) / 3600 if peak else None  # a run that has not ended has no peak yet
         cells = []
-        for before, after, form in (
-            (p["tokens_per_s"], _speed(rows), ",.0f"),
-            (p["peak_bytes"] / 1e9, peak, ".1f"),
-            (p["hours"], done, ".3g"),
-        ):
+        compared = ((p["tokens_per_s"], _speed(rows), ",.0f"), (p["peak_bytes"] / 1e9, peak, ".1f"), (p["hours"], done, ".3g"))
+        for before, after, form in compared:
             off = f" ({after / before - 1:+.0%})" if after and before else ""
             cells += [f"{before:{form}}" if before else "–", f"{after:{form}}{off}" if after else "–"]
         out.append([p["stage"], "yes" if p["fits"] else "no", *cells])

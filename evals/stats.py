@@ -27,7 +27,7 @@ class Share:
         return {"k": self.k, "n": self.n, "value": self.value, "low": self.low, "high": self.high}
 
 
-def wilson(k: int, n: int, z: float = Z_95) -> Share:
+def wilson(k: int, n: int) -> Share:
     """Wilson (1927) score interval. Unlike the normal one it is right at 0 and n: 0 of 50 still allows 7.1 %.
 
     n = 0 gives [0, 1]: nothing is known. Raises ValueError unless 0 <= k <= n.
@@ -36,7 +36,7 @@ def wilson(k: int, n: int, z: float = Z_95) -> Share:
         raise ValueError(f"a share needs 0 <= k <= n, got {k} of {n}")
     if n == 0:
         return Share(0, 0, 0.0, 1.0)
-    p, z2 = k / n, z * z
+    p, z, z2 = k / n, Z_95, Z_95**2
     centre = (p + z2 / (2 * n)) / (1 + z2 / n)
     half = z / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
     # at the ends the exact limits are 0 and 1; rounding would leave 1e-18

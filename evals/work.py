@@ -8,7 +8,7 @@ from pathlib import Path
 from queue import SimpleQueue
 
 from agent.loop import ContextFull, Reply, run_turn
-from datagen.code_seeds import parses
+from datagen.code_seeds import tree_of
 from evals.prompts import Prompt
 from soul.console import progress
 from soul.template import Template
@@ -35,58 +35,56 @@ def first_result(prompt: Prompt, calls: list[tuple[str, dict[str, str]]]) -> str
 
 def run_loops(tokenizer, sampler, prompts: list[Prompt], *, temperature: float, seed: int, what: str) -> list[dict]:
     """Let the agent's loop work on each prompt that has a `verify`, allowing every call but Bash, and judge the files it leaves."""
-    desk, template = _Desk(sampler), Template(tokenizer)
+    from model.sampler import Request
+
+    template = Template(tokenizer)
+    inbox: SimpleQueue[tuple[Request, Future]] = SimpleQueue()
 
     def work(prompt: Prompt) -> dict:
         def generate(messages: list[dict], *, seed: int, attempt: int) -> Reply:
             ids = template.encode(messages, prompt=True).ids
             if len(ids) + LOOP_TOKENS > sampler.max_len:
                 raise ContextFull
-            done = desk.draw(ids, LOOP_TOKENS, temperature + 0.4 * attempt, seed, template.stop_ids)
+            drawn = Future()
+            inbox.put((Request(ids, LOOP_TOKENS, temperature + 0.4 * attempt, 0.95, seed, frozenset(template.stop_ids)), drawn))
+            done = drawn.result()
             parsed = template.parse_reply(done.ids)
             return Reply(parsed.messages[0], tuple(parsed.problems), tuple(done.ids), cut=done.finish == "length")
 
         with tempfile.TemporaryDirectory() as root:
             workspace = make_workspace(prompt.files, root, max_result_chars=sampler.max_len)
-            messages, status = run_turn(prompt.messages, generate=generate, workspace=workspace, ask=_no_shell, seed=seed)
+            messages, status = run_turn(
+                prompt.messages, generate=generate, workspace=workspace, ask=lambda name, _: name != "Bash", seed=seed
+            )
             done = solved(prompt, Path(root))
         return {"id": prompt.id, "kind": prompt.kind, "status": str(status), "done": done, "messages": messages}
 
     with ThreadPoolExecutor(max(len(prompts), 1)) as pool:
-        return desk.serve([pool.submit(work, prompt) for prompt in prompts], what)
+        return _serve(sampler, inbox, [pool.submit(work, prompt) for prompt in prompts], what)
 
 
-def _no_shell(name: str, args: dict[str, str]) -> bool:
-    return name != "Bash"
-
-
-class _Desk:
-    """Many loops, one sampler: requests of waiting threads are decoded together."""
-
-    def __init__(self, sampler):
-        self.sampler, self.inbox = sampler, SimpleQueue()
-
-    def draw(self, *request):
-        future = Future()
-        self.inbox.put((request, future))
-        return future.result()
-
-    def serve(self, threads: list[Future], what: str) -> list[dict]:
-        from model.sampler import Request
-
-        live: dict[int, Future] = {}
+def _serve(sampler, inbox: SimpleQueue, threads: list[Future], what: str) -> list[dict]:
+    """The results of the threads; what they ask for meanwhile is decoded together."""
+    live: dict[int, Future] = {}
+    try:
         with progress(what, total=len(threads), unit="tasks") as update:
             while not all(thread.done() for thread in threads):
-                while not self.inbox.empty():
-                    (ids, max_new, temperature, seed, stop_ids), future = self.inbox.get()
-                    request = Request(ids, max_new, temperature, 0.95, seed, frozenset(stop_ids))
-                    live[self.sampler.submit(request)] = future
-                for handle, completion in self.sampler.step() if live else []:
+                while not inbox.empty():
+                    request, drawn = inbox.get()
+                    live[sampler.submit(request)] = drawn
+                for handle, completion in sampler.step() if live else []:
                     live.pop(handle).set_result(completion)
                 if not live:
                     time.sleep(0.005)
                 update(sum(thread.done() for thread in threads))
-        return [thread.result() for thread in threads]
+    except BaseException:  # Ctrl-C, or the sampler failed: nobody may be left waiting for a reply, or the pool never ends
+        while not all(thread.done() for thread in threads):
+            waiting = [*live.values(), *(inbox.get()[1] for _ in range(inbox.qsize()))]
+            for drawn in waiting:
+                drawn.cancel()
+            time.sleep(0.005)
+        raise
+    return [thread.result() for thread in threads]
 
 
 def solved(prompt: Prompt, root: Path) -> bool:
@@ -94,4 +92,4 @@ def solved(prompt: Prompt, root: Path) -> bool:
     here = {p.relative_to(root).as_posix(): p.read_text("utf-8", "replace") for p in root.rglob("*") if p.is_file()}
     new = here.pop(prompt.verify["file"], "")
     others = {name: text for name, text in prompt.files.items() if name != prompt.verify["file"]}
-    return here == others and all(text in new for text in prompt.verify["must_contain"]) and parses(new)
+    return here == others and all(text in new for text in prompt.verify["must_contain"]) and tree_of(new) is not None

@@ -8,10 +8,7 @@ TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
 def encode_chatml(tokenizer, messages: Sequence[dict], generation: bool = True) -> list[int]:
     """Ids of `messages` in ChatML; `generation` opens the assistant's turn. The same ids as the models' own templates give
     on text without control tokens, while text that spells a control token stays text. No system turn is added.
-
-    Raises:
-        ValueError: for a message with tool calls (ChatML itself has none: render them into the content), or a tokenizer
-            without ChatML's control tokens.
+    Raises ValueError for a message with tool calls (ChatML itself has none: render them into the content), or a tokenizer without ChatML's control tokens.
     """
     control = tokenizer.base_special
     if TURN_START not in control or TURN_END not in control:

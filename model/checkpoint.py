@@ -44,9 +44,7 @@ def describe(directory: str | Path, config: ModelConfig, tokenizer: Tokenizer, m
 
 def read_description(directory: str | Path) -> tuple[ModelConfig, Tokenizer, dict]:
     """Config, tokenizer and meta of a checkpoint directory.
-
-    Raises:
-        UserError: when a file is broken, or the template has changed since (the difference is shown).
+    Raises UserError when a file is broken, or the template has changed since (the difference is shown).
     """
     directory = Path(directory)
     config = ModelConfig.from_hf(read_json(directory / "config.json"), where=str(directory / "config.json"))
@@ -74,9 +72,7 @@ class Saver:
     The newest `keep` steps stay, and those that `keep_every` divides (0: none). Steps after the one just saved are dropped: a run that went back
     past a damaged step writes them anew. With `jax.distributed` every process calls `save` and `close` alike and sees the same file system: each
     writes its shards, and process 0 gives the step its name when all of them are there.
-
-    Raises:
-        UserError: from the next call, when a step could not be written. Earlier steps are untouched; its parts go at once, or when the next step is saved.
+    Raises UserError from the next call, when a step could not be written. Earlier steps are untouched; its parts go at once, or when the next step is saved.
     """
 
     def __init__(self, directory: str | Path, keep: int = 1, keep_every: int = 0):
@@ -241,9 +237,7 @@ def restore(directory: str | Path, abstract: dict, step: int | None = None) -> t
 
     An array comes back under the sharding that its leaf in `abstract` has (or on the first device), whatever it was saved under.
     A step that is damaged or cannot be read is named and the one before it is taken, unless `step` was asked for.
-
-    Raises:
-        UserError: when no step can be read.
+    Raises UserError when no step can be read.
     """
     root = Path(directory).absolute() / "checkpoints"
     for left in sorted(root.glob(".*.partial*")):

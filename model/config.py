@@ -9,7 +9,6 @@ FAMILIES = {  # architecture -> (qkv_bias, qk_norm); what these three compute is
     "Qwen2ForCausalLM": (True, False),
     "Qwen3ForCausalLM": (False, True),
 }
-MODEL_TYPES = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}
 
 
 @dataclass(frozen=True)
@@ -30,9 +29,8 @@ class ModelConfig:
 
     def __post_init__(self):
         if self.n_heads % self.n_kv_heads:
-            raise UserError(
-                f"{self.n_heads} query heads cannot share {self.n_kv_heads} key-value heads", fix="n_heads must be a multiple of n_kv_heads"
-            )
+            what = f"{self.n_heads} query heads cannot share {self.n_kv_heads} key-value heads"
+            raise UserError(what, fix="n_heads must be a multiple of n_kv_heads")
         if self.d_head % 2:
             raise UserError(f"head width {self.d_head} is odd", fix="RoPE rotates pairs: d_head must be even")
 
@@ -75,7 +73,7 @@ class ModelConfig:
             raise UserError("no Hugging Face architecture has both QKV bias and QK-norm", fix="switch one of them off")
         return {
             "architectures": [arch],
-            "model_type": MODEL_TYPES[arch],
+            "model_type": arch.removesuffix("ForCausalLM").lower(),
             "vocab_size": self.vocab_size,
             "hidden_size": self.d_model,
             "num_hidden_layers": self.n_layers,

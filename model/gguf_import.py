@@ -1,7 +1,6 @@
 """Reading a GGUF file: config, tokenizer, and weights dequantised to fp32 under their Hugging Face names."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -39,48 +38,13 @@ OUTSIDE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "out
 DERIVED = {"rope_freqs.weight"}
 
 
-@dataclass(frozen=True)
-class Gguf:
-    """An opened GGUF file; `tensors()` yields Hugging Face names, shapes and readers that dequantise to fp32."""
+def read_gguf(path: Path) -> tuple[ModelConfig, Tokenizer, Iterator[LazyTensor]]:
+    """Open a GGUF file; weights stay on disk, and are dequantised to fp32 when read.
 
-    path: Path
-    config: ModelConfig
-    tokenizer: Tokenizer
-    reader: object
-
-    def tensors(self) -> Iterator[LazyTensor]:
-        for tensor in self.reader.tensors:
-            if tensor.name not in DERIVED:
-                yield _hf_name(tensor.name, self.path), tuple(int(n) for n in reversed(tensor.shape)), partial(self._read, tensor)
-
-    def _read(self, tensor) -> np.ndarray:
-        from gguf.quants import dequantize
-
-        try:
-            values = dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
-        except (NotImplementedError, ValueError) as error:
-            kind = tensor.tensor_type.name
-            raise UserError(f"tensor {tensor.name} ({kind}) cannot be dequantised: {error}", where=self.path) from None
-        return self._unpermuted(tensor.name, values)
-
-    def _unpermuted(self, name: str, values: np.ndarray) -> np.ndarray:
-        """llama.cpp rotates adjacent pairs, so for the llama architecture it stores q and k rows interleaved; undo that."""
-        c, kind = self.config, name.split(".")[-2]
-        if c.qkv_bias or c.qk_norm or kind not in ("attn_q", "attn_k"):  # qwen2 and qwen3 are stored as they are
-            return values
-        heads = c.n_heads if kind == "attn_q" else c.n_kv_heads
-        return values.reshape(heads, c.d_head // 2, 2, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
-
-
-def read_gguf(path: str | Path) -> Gguf:
-    """Open a GGUF file; weights stay on disk until asked for.
-
-    Raises:
-        UserError: for a corrupt or truncated file, an unsupported architecture, or a tokenizer that is not byte-level BPE.
+    Raises UserError for a corrupt or truncated file, an unsupported architecture, or a tokenizer that is not byte-level BPE.
     """
     from gguf import GGUFReader
 
-    path = Path(path)
     try:
         reader = GGUFReader(path)
         fields = {key: field.contents() for key, field in reader.fields.items()}
@@ -89,12 +53,29 @@ def read_gguf(path: str | Path) -> Gguf:
     except (ValueError, IndexError, KeyError, OverflowError, UnicodeDecodeError, MemoryError, TypeError, OSError) as error:
         raise UserError(f"is not a GGUF file that can be read ({error})", where=path, fix="Fetch it again.") from None
     try:
-        names = {tensor.name for tensor in reader.tensors}
-        config = _config(fields, names, path)
+        config = _config(fields, {tensor.name for tensor in reader.tensors}, path)
         tokenizer = _tokenizer(fields, path)
     except KeyError as missing:
         raise UserError(f"metadata {missing} is missing", where=path) from None
-    return Gguf(path, config, tokenizer, reader)
+    return config, tokenizer, (
+        (_hf_name(tensor.name, path), tuple(int(n) for n in reversed(tensor.shape)), partial(_read, tensor, config, path))
+        for tensor in reader.tensors if tensor.name not in DERIVED
+    )  # fmt: skip
+
+
+def _read(tensor, config: ModelConfig, path: Path) -> np.ndarray:
+    from gguf.quants import dequantize
+
+    try:
+        values = dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
+    except (NotImplementedError, ValueError) as error:
+        raise UserError(f"tensor {tensor.name} ({tensor.tensor_type.name}) cannot be dequantised: {error}", where=path) from None
+    kind = tensor.name.split(".")[-2]
+    if config.qkv_bias or config.qk_norm or kind not in ("attn_q", "attn_k"):  # qwen2 and qwen3 are stored as they are
+        return values
+    # llama.cpp rotates adjacent pairs, so for the llama architecture it stores q and k rows interleaved
+    heads = config.n_heads if kind == "attn_q" else config.n_kv_heads
+    return values.reshape(heads, config.d_head // 2, 2, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
 
 
 def _config(fields: dict, names: set[str], path: Path) -> ModelConfig:

@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 
 from model.config import ModelConfig
 from model.tokenizer import Tokenizer
-from model.transformer import ParamSpec, param_table
+from model.transformer import param_table
 from soul.errors import UserError
 from soul.files import atomic_path, read_json, write_json
 
@@ -23,9 +23,7 @@ READABLE = {"F32", "F16", "BF16"}
 
 def read_hf(path: Path) -> tuple[ModelConfig, Tokenizer, Iterator[LazyTensor]]:
     """Open a safetensors directory, in one file or sharded by an index; weights stay on disk until read.
-
-    Raises:
-        UserError: for a missing or broken file, or an architecture that Decoder does not compute exactly.
+    Raises UserError for a missing or broken file, or an architecture that Decoder does not compute exactly.
     """
     config = ModelConfig.from_hf(_json_object(path / "config.json"), where=str(path / "config.json"))
     return config, Tokenizer.load(path), _tensors(path)
@@ -58,15 +56,16 @@ def _tensors(path: Path) -> Iterator[LazyTensor]:
 
 def matched(config: ModelConfig, tensors: Iterable[LazyTensor], where: object) -> dict[str, Callable[[], np.ndarray]]:
     """Readers of every tensor that `config` asks for, by Hugging Face name; no array is read.
-
-    Raises:
-        UserError: naming the missing, unexpected and mis-shaped tensors.
+    Raises UserError naming the missing, unexpected and mis-shaped tensors.
     """
     specs = {spec.hf: spec for spec in param_table(config)}
-    found = {name: (shape, read) for name, shape, read in tensors if not _redundant(name, config)}
+    found = {name: (shape, read) for name, shape, read in tensors if not name.endswith("rotary_emb.inv_freq")}
+    if config.tied:
+        found.pop("lm_head.weight", None)
     faults = [f"missing {name}" for name in specs if name not in found] + [f"unexpected {name}" for name in found if name not in specs]
     for name in specs.keys() & found.keys():
-        if found[name][0] != (wanted := _hf_shape(specs[name])):
+        wanted = specs[name].shape[::-1] if specs[name].transpose else specs[name].shape
+        if found[name][0] != wanted:
             faults.append(f"{name} is {found[name][0]}, not {wanted}")
     if faults:
         more = f" and {len(faults) - 6} more" if len(faults) > 6 else ""
@@ -78,9 +77,7 @@ def assemble(
     config: ModelConfig, tensors: Iterable[LazyTensor], where: object, dtype=jnp.float32, rows: Callable | None = None
 ) -> dict[tuple, jax.Array]:
     """Parameters by path, in our orientation; `rows(path, values_vd)`, if given, may change embedding and head (new token rows).
-
-    Raises:
-        UserError: as `matched`, before the first array is read.
+    Raises UserError as `matched`, before the first array is read.
     """
     readers, params = matched(config, tensors, where), {}
     for spec in param_table(config):
@@ -102,14 +99,6 @@ def write_hf(path: Path, config: ModelConfig, tokenizer: Tokenizer, tensors: Ite
     with atomic_path(path / "model.safetensors") as temporary:
         save_file(arrays, temporary, metadata={"format": "pt"})
         shutil.copymode(path / "config.json", temporary)  # safetensors writes 0600
-
-
-def _redundant(name: str, config: ModelConfig) -> bool:
-    return name.endswith("rotary_emb.inv_freq") or (config.tied and name == "lm_head.weight")
-
-
-def _hf_shape(spec: ParamSpec) -> tuple[int, ...]:
-    return spec.shape[::-1] if spec.transpose else spec.shape
 
 
 def _json_object(path: Path) -> dict:

@@ -1,5 +1,6 @@
 """One way in: `load_model` takes a pulled name, a Hugging Face directory, a GGUF file, a checkpoint or a run directory."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from flax import nnx
 from model import checkpoint, pull
 from model.config import ModelConfig
 from model.gguf_import import read_gguf
-from model.hf_import import assemble, read_hf
+from model.hf_import import LazyTensor, assemble, read_hf
 from model.tokenizer import DOCUMENT_START, TURN_START, Tokenizer, adopt
 from model.transformer import Decoder
 from soul.errors import UserError
@@ -38,18 +39,12 @@ def load_model(name_or_dir: str | Path, *, dtype=jnp.float32, raw: bool = False,
     A base model's tokenizer always carries our special tokens on the base's control ids. `raw=True` keeps the base's weights as they
     are (for its own chat template); otherwise `adopt_rows` gives those ids rows to start from. Of a run directory the last stage that
     has a checkpoint is taken. A name that has not been pulled yet is pulled.
-
-    Raises:
-        UserError: for an unknown name, a directory that is none of these, or weights that do not fit.
+    Raises UserError for an unknown name, a directory that is none of these, or weights that do not fit.
     """
     path = find(name_or_dir)
     if (path / "checkpoints").is_dir():
         return _load_checkpoint(path, dtype, compute)
-    if path.suffix == ".gguf":
-        source = read_gguf(path)
-        config, tokenizer, tensors = source.config, source.tokenizer, source.tensors()
-    else:
-        config, tokenizer, tensors = read_hf(path)
+    config, tokenizer, tensors = read_base(path)
     meta = read_json(path / "source.json") if (path / "source.json").exists() else {"base": path.name}
     adopted = adopt(tokenizer)
     fresh = not tokenizer.special and not raw  # a tokenizer with our tokens comes with trained rows
@@ -71,6 +66,11 @@ def find(name_or_dir: str | Path) -> Path:
     if path.suffix == ".gguf" or (path / "config.json").exists():
         return path
     raise UserError("holds no model", where=path, fix="Expected a run, a checkpoint, or config.json with safetensors.")
+
+
+def read_base(path: Path) -> tuple[ModelConfig, Tokenizer, Iterator[LazyTensor]]:
+    """What a GGUF file or a Hugging Face directory holds; weights stay on disk until read."""
+    return read_gguf(path) if path.suffix == ".gguf" else read_hf(path)
 
 
 def _load_checkpoint(path: Path, dtype, compute: str) -> Loaded:

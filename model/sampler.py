@@ -58,8 +58,7 @@ class Sampler:
     """
 
     def __init__(self, model: Decoder, tokenizer=None, *, max_len: int = 2048, batch: int = 16):
-        self.config, self.max_len, self.batch = model.config, min(max_len, model.config.max_len), max(batch, 4)
-        self.tokenizer = tokenizer
+        self.max_len, self.batch = min(max_len, model.config.max_len), max(batch, 4)
         self.vocab = min(model.config.vocab_size, tokenizer.vocab_size if tokenizer else model.config.vocab_size)
         self.dtype = jnp.bfloat16 if model.compute == "bf16" else jnp.float32
         self.graph, params = nnx.split(model)
@@ -129,10 +128,8 @@ class Sampler:
     def submit(self, request: Request) -> int:
         """Queue a request and return its handle; `step` does the work. Raises UserError for a prompt that cannot be continued."""
         if not len(request.prompt) or len(request.prompt) >= self.max_len or request.max_new < 1:
-            raise UserError(
-                f"a prompt of {len(request.prompt)} tokens with {request.max_new} to generate does not fit",
-                fix=f"prompts need 1 to {self.max_len - 1} tokens, and at least 1 to generate",
-            )
+            what = f"a prompt of {len(request.prompt)} tokens with {request.max_new} to generate does not fit"
+            raise UserError(what, fix=f"prompts need 1 to {self.max_len - 1} tokens, and at least 1 to generate")
         if len(request.stop_ids) > MAX_STOPS:
             raise UserError(f"{len(request.stop_ids)} stop ids", fix=f"give at most {MAX_STOPS}")
         self.handles += 1

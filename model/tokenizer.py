@@ -39,9 +39,7 @@ class Tokenizer:
 
     special: our control tokens by name ({} before `adopt`). base_special: the base model's own control names and ids.
     vocab_size: one more than the largest id. byte_escape: see `encode`.
-
-    Raises:
-        UserError: if the file is not a byte-level BPE tokenizer, or would lose text.
+    Raises UserError if the file is not a byte-level BPE tokenizer, or would lose text.
     """
 
     def __init__(self, spec: dict, where: object = "tokenizer.json"):
@@ -78,10 +76,7 @@ class Tokenizer:
         """Ids of ordinary text; never a control id. `decode_bytes` gives the same text back for every Unicode string.
 
         SmolLM2's vocabulary lacks 21 bytes, 8 of which occur in UTF-8 (HF `tokenizers` drops them silently). Each is written as two
-        ids, the byte escape and the piece of (byte XOR 0x40), like ^D for 0x04.
-
-        Raises:
-            UserError: for lone surrogates, which are not text.
+        ids, the byte escape and the piece of (byte XOR 0x40), like ^D for 0x04. Raises UserError for lone surrogates, which are not text.
         """
         try:
             data = text.encode("utf-8")
@@ -157,10 +152,7 @@ def adopt(tokenizer: Tokenizer) -> Tokenizer:
 
     `<|assistant_end|>` is the base's end of turn, `<|assistant_start|>` its start of turn, `<|bos|>` its start of document; the others
     take the remaining ids in order. Only when the base has too few are ids appended, on the model's padding rows if it has some.
-    A tokenizer that has our tokens already comes back as it is.
-
-    Raises:
-        UserError: if the base has no end-of-turn token that we know.
+    A tokenizer that has our tokens already comes back as it is. Raises UserError if the base has no end-of-turn token that we know.
     """
     if tokenizer.special:
         return tokenizer

@@ -19,7 +19,7 @@ from model.tokenizer import Tokenizer
 from soul.console import console, plain
 from soul.errors import UserError
 from soul.files import read_json, write_atomic
-from training.data import permutation
+from training.data import as_batch, permutation
 from training.tokenizer import token_bytes, tokenizer_hash
 
 FORMAT = 1
@@ -99,9 +99,7 @@ class Corpus:
     @classmethod
     def open(cls, directory: str | Path, length: int) -> "Corpus":
         """Map the shards, and the index of rows (built at the first opening).
-
-        Raises:
-            UserError: for a directory without finished data, changed files, another tokenizer, or too few tokens for one row.
+        Raises UserError for a directory without finished data, changed files, another tokenizer, or too few tokens for one row.
         """
         directory = Path(directory)
         if not (directory / "card.json").is_file():
@@ -136,20 +134,12 @@ class Corpus:
             epoch, at = divmod(k * rows + i, self.rows)
             row = _order(seed, epoch, self.rows)[at]
             _fill(tokens[i], self.pieces[self.row_starts[row] : self.row_starts[row + 1]], self.shards, self.tokenizer)
-        return {"ids": tokens[:, :-1].copy(), "targets": tokens[:, 1:].reshape(-1), "weights": np.ones(rows * self.length, np.float32)}
+        return as_batch(tokens, rows)
 
     @cached_property
     def validation(self) -> dict[str, np.ndarray]:
-        """Rows (n, length + 1) int32 of each source's held-out documents, packed as above: every token once, but for the last partial row."""
-        out = {}
-        for source, documents in self.held_out.items():
-            starts = np.cumsum([0, *map(len, documents)])
-            pieces, rows = pack(starts.tolist(), self.length + 1)
-            out[source] = np.empty((len(rows) - 1, self.length + 1), np.int32)
-            shard = [Shard(np.concatenate(documents), starts)]
-            for n in range(len(rows) - 1):
-                _fill(out[source][n], [(0, *piece) for piece in pieces[rows[n] : rows[n + 1]]], shard, self.tokenizer)
-        return out
+        """`packed` rows of each source's held-out documents."""
+        return {source: packed(documents, self.length, self.tokenizer) for source, documents in self.held_out.items()}
 
     @cached_property
     def held_out(self) -> dict[str, list[np.ndarray]]:
@@ -161,6 +151,16 @@ class Corpus:
             out[source] = [shard.ids[a:b] for a, b in pairwise(bounds)]
             first += counts["documents"]
         return out
+
+
+def packed(documents: Sequence[np.ndarray], length: int, tokenizer: Tokenizer) -> np.ndarray:
+    """Rows (n, length + 1) int32 of documents' ids, packed as a corpus is: every token once, but for the last partial row."""
+    starts = np.cumsum([0, *map(len, documents)])
+    pieces, bounds = pack(starts.tolist(), length + 1)
+    rows, shard = np.empty((len(bounds) - 1, length + 1), np.int32), Shard(np.concatenate(documents), starts)
+    for row, (first, end) in zip(rows, pairwise(bounds)):
+        _fill(row, [(0, *piece) for piece in pieces[first:end]], [shard], tokenizer)
+    return rows
 
 
 def save_array(path: Path, array: np.ndarray) -> None:

@@ -30,6 +30,14 @@ class Example:
     def __len__(self) -> int:
         return len(self.ids)
 
+    @property
+    def trained(self) -> int:
+        return int(self.mask.sum())
+
+    @property
+    def branches(self) -> tuple["Example", ...]:
+        return (self,)
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -41,6 +49,10 @@ class Pair:
 
     def __len__(self) -> int:
         return max(len(self.chosen), len(self.rejected))
+
+    @property
+    def branches(self) -> tuple[Example, ...]:
+        return self.chosen, self.rejected
 
 
 def load_rows(paths: Sequence[Path], kind: str) -> list[dict]:
@@ -141,7 +153,7 @@ class Packed:
     @cached_property
     def supervised(self) -> int:
         """The static number of supervised positions: the most of any block, padded, so that one program serves all."""
-        most = max(sum(_trained(self.items[i]) for unit in block for i in unit) for block in self.blocks)
+        most = max(sum(branch.trained for unit in block for i in unit for branch in self.items[i].branches) for block in self.blocks)
         return max(self.least, -(-most // CHUNK) * CHUNK)
 
     @cached_property
@@ -150,11 +162,11 @@ class Packed:
 
     @cached_property
     def tokens(self) -> int:
-        return sum(len(i) if isinstance(i, Example) else len(i.chosen) + len(i.rejected) for i in self.items)
+        return sum(len(branch) for item in self.items for branch in item.branches)
 
     @property
     def rows(self) -> int:
-        return sum(len(block) for block in self.blocks) * (2 if self.paired else 1)
+        return sum(map(len, self.blocks)) * len(self.items[0].branches)
 
     def block_of(self, k: int) -> int:
         """The block that is batch k: position k in the endless sequence of permuted epochs."""
@@ -171,29 +183,22 @@ class Packed:
         number + P for its rejected one, 2P for padding. `index` numbers the pairs in `items`.
         """
         block = self.blocks[number]
-        rows = [[self.items[i] for i in unit] for unit in block]
+        rows = [row for unit in block for row in zip(*(self.items[i].branches for i in unit))]
+        batch = _arrays(rows, self.length, self.per_batch * len(self.items[0].branches), self.supervised)
         if not self.paired:
-            return _arrays(rows, self.length, self.per_batch, self.supervised)
-        both = [branch for unit in rows for branch in ([p.chosen for p in unit], [p.rejected for p in unit])]
-        batch = _arrays(both, self.length, 2 * self.per_batch, self.supervised)
-        order = [i for unit in block for i in unit]
-        slot, numbers = 0, []
-        for unit in rows:
-            slots = range(slot, slot + len(unit))
-            numbers += [s for s, p in zip(slots, unit, strict=True) for _ in range(p.chosen.mask.sum())]
-            numbers += [s + self.pairs for s, p in zip(slots, unit, strict=True) for _ in range(p.rejected.mask.sum())]
-            slot += len(unit)
+            return batch
+        order, numbers = [i for unit in block for i in unit], []
+        for unit in block:
+            for side in (0, 1):
+                for i in unit:
+                    numbers += [order.index(i) + side * self.pairs] * self.items[i].branches[side].trained
         batch["branch"] = _padded(numbers, self.supervised, 2 * self.pairs)
-        batch["real"] = _padded([1] * slot, self.pairs).astype(np.float32)
+        batch["real"] = _padded([1] * len(order), self.pairs).astype(np.float32)
         batch["index"] = _padded(order, self.pairs, -1)
         return batch
 
 
-def _trained(item: Example | Pair) -> int:
-    return int(item.mask.sum()) if isinstance(item, Example) else int(item.chosen.mask.sum() + item.rejected.mask.sum())
-
-
-def _arrays(rows: list[list[Example]], length: int, count: int, supervised: int) -> dict[str, np.ndarray]:
+def _arrays(rows: Sequence[Sequence[Example]], length: int, count: int, supervised: int) -> dict[str, np.ndarray]:
     ids, positions, segments = (np.zeros((count, length), np.int32) for _ in range(3))
     at, targets = [], []
     for r, row in enumerate(rows):
@@ -211,6 +216,13 @@ def _arrays(rows: list[list[Example]], length: int, count: int, supervised: int)
         "at": _padded(np.concatenate(at), supervised), "targets": _padded(np.concatenate(targets), supervised),
         "weights": _padded([1] * n, supervised).astype(np.float32),
     }  # fmt: skip
+
+
+def as_batch(rows: np.ndarray, size: int) -> dict[str, np.ndarray]:
+    """Rows n×(T+1) as a pretraining batch of `size` rows: ids size×T, targets and weights (size·T). Those beyond n have weight 0."""
+    filled = np.concatenate([rows, np.zeros((size - len(rows), rows.shape[1]), rows.dtype)]).astype(np.int32)
+    weights = np.repeat(np.arange(size) < len(rows), rows.shape[1] - 1).astype(np.float32)
+    return {"ids": filled[:, :-1], "targets": filled[:, 1:].reshape(-1), "weights": weights}
 
 
 def _padded(values: Sequence[int], size: int, fill: int = 0) -> np.ndarray:

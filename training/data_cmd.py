@@ -9,6 +9,7 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
+from operator import attrgetter
 from pathlib import Path
 from textwrap import dedent
 
@@ -19,11 +20,12 @@ from soul.console import console, plain, progress
 from soul.errors import UserError
 from soul.files import read_json, sha256_json, write_atomic, write_json
 from training.corpus import FORMAT, save_array
-from training.sources import DEFAULT, PRESETS, Document, Source, is_local, mixture, parse_sources
+from training.sources import DEFAULT, Document, Source, mixture, parse_sources
 from training.tokenizer import TOKENIZER_BYTES, capped, load_tokenizer, say, tokenizer_hash, train_tokenizer, up_to
 
 SHARD_BYTES = 1 << 26  # of text, about 16M tokens
 BATCH_BYTES = 1 << 20  # encoded at once
+SIZE = attrgetter("size")
 _TOTALS = {"documents": 0, "tokens": 0, "bytes": 0}
 
 
@@ -63,22 +65,18 @@ def main(config: Config) -> int:
         def done(size: int = 0) -> None:
             update(round((sum(s["bytes"] for s in shards.values()) + size) / 1e6, 1))
 
-        while documents := list(_take(stream, SHARD_BYTES)):
+        while documents := list(up_to(stream, SHARD_BYTES, SIZE)):
             name = f"shard-{len(shards):05}"
             shards[name] = _shard(config.out, name, documents, tokenizer, done)
-        validation = _shard(
-            config.out, "validation", [d for documents in held_out.values() for d in documents], tokenizer, lambda size: None
-        )
+        left = [document for documents in held_out.values() for document in documents]
+        validation = _shard(config.out, "validation", left, tokenizer, lambda size: None)
     if not shards:
         raise UserError("no document is left to train on", where=", ".join(config.data), fix="Give more data.")
     card = _card(sources, tokenizer, shards, validation, counts)
     write_json(config.out / "card.json", card)
     write_atomic(config.out / "README.md", _readme(card))
-    console.print(
-        plain(
-            f"{card['tokens']:,} tokens of {card['bytes'] / 1e6:,.1f} MB in {config.out}, {card['bytes'] / card['tokens']:.2f} bytes per token"
-        )
-    )
+    tokens, size = card["tokens"], card["bytes"]
+    console.print(plain(f"{tokens:,} tokens of {size / 1e6:,.1f} MB in {config.out}, {size / tokens:.2f} bytes per token"))
     return 0
 
 
@@ -89,7 +87,7 @@ def _begin(config: Config, sources: list[Source], settings: dict) -> tuple[float
         raise UserError("holds data made with other settings", where=config.out, fix="Choose another --out, or remove it.")
     if theirs.exists() and not mine.exists():
         raise UserError("holds a tokenizer of something else", where=config.out, fix="Choose another --out.")
-    local, size = all(map(is_local, sources)), 0
+    local, size = not any(source.place.startswith("hf:") for source in sources), 0
 
     def read() -> Iterator[Document]:
         nonlocal size
@@ -123,15 +121,6 @@ def _to_train(stream: Iterable[Document], held_out: dict[str, list[Document]]) -
             yield document
 
 
-def _take(stream: Iterator[Document], size: int) -> Iterator[Document]:
-    """The next documents of a stream, about `size` bytes of them."""
-    for document in stream:
-        yield document
-        size -= document.size
-        if size <= 0:
-            return
-
-
 def _shard(out: Path, name: str, documents: list[Document], tokenizer: Tokenizer, done: Callable[[int], None]) -> dict:
     """Write the shard unless it is there; what its .json says. Raises UserError when it was made of other documents."""
     digest = hashlib.sha256(tokenizer_hash(tokenizer).encode())
@@ -144,7 +133,7 @@ def _shard(out: Path, name: str, documents: list[Document], tokenizer: Tokenizer
         return facts
     ids, starts, rest = [np.empty(0, np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)], [0], iter(documents)
     sources: dict[str, Counter] = defaultdict(Counter)
-    while batch := list(_take(rest, BATCH_BYTES)):
+    while batch := list(up_to(rest, BATCH_BYTES, SIZE)):
         for document, found in zip(batch, tokenizer.encode_batch([document.text for document in batch])):
             ids.append(np.array(found, ids[0].dtype))
             starts.append(starts[-1] + len(found))
@@ -161,8 +150,7 @@ def _card(sources: list[Source], tokenizer: Tokenizer, shards: dict[str, dict], 
     described = {}
     for source in sources:
         counts = sum((Counter(shard["sources"].get(source.name)) for shard in shards.values()), Counter())
-        place = PRESETS[source.name][0] if source.spec in PRESETS else source.spec
-        described[source.name] = {"from": place, "licence": source.licence, "weight": source.weight, **_TOTALS, **counts}
+        described[source.name] = {"from": source.place, "licence": source.licence, "weight": source.weight, **_TOTALS, **counts}
     return {
         "format": FORMAT,
         "hash": sha256_json([FORMAT, *(shard["digest"] for shard in (*shards.values(), validation))]),

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from soul.console import console, plain
 from soul.files import write_atomic
+from soul.records import json_lines
 from soul.template import Template
 from training.data import Packed, Pair
 
@@ -70,14 +71,8 @@ class Sights:
     def read(self) -> dict[int, list[float]]:
         """The margins of each pair (its number in `packed.items`) in the order of training."""
         self.flush()
-        batches, seen = {}, defaultdict(list)
-        for text in self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else ():
-            try:
-                line = json.loads(text)
-            except json.JSONDecodeError:
-                continue
-            batches[line["batch"]] = line["margins"]
-        for k, margins in batches.items():
+        seen = defaultdict(list)
+        for k, margins in {line["batch"]: line["margins"] for line in json_lines(self.path)}.items():
             for i, margin in zip(slots(self.packed, self.packed.block_of(k)), margins, strict=True):
                 seen[i].append(margin)
         return seen
@@ -101,7 +96,7 @@ def ledger(pairs: Sequence[Pair], seen: dict[int, list[float]], after: dict[int,
         history = seen.get(i, [])
         last = after.get(i, history[-1] if history else None)
         state = "unseen" if last is None else "learned" if last > 0 else "flipped" if max(history, default=0) > 0 else "unlearned"
-        long, short = int(pair.chosen.mask.sum()), int(pair.rejected.mask.sum())
+        long, short = pair.chosen.trained, pair.rejected.trained
         prefers = None
         if i in start:
             chosen, rejected = map(float, start[i])
@@ -121,9 +116,8 @@ def ledger(pairs: Sequence[Pair], seen: dict[int, list[float]], after: dict[int,
 
 def _neighbours(pairs: Sequence[Pair]) -> list[dict[str, int]]:
     """For each pair: the pair that it contradicts and the earlier one that it repeats, by their kind."""
-    parts = [
-        tuple(ids.tobytes() for ids in (p.chosen.ids[: p.prompt], p.chosen.ids[p.prompt :], p.rejected.ids[p.prompt :])) for p in pairs
-    ]
+    split = ((p.chosen.ids[: p.prompt], p.chosen.ids[p.prompt :], p.rejected.ids[p.prompt :]) for p in pairs)
+    parts = [tuple(ids.tobytes() for ids in ids_of) for ids_of in split]
     chooses, rejects, whole = {}, {}, {}
     for i, (prompt, chosen, rejected) in enumerate(parts):
         chooses.setdefault((prompt, chosen), i)
@@ -133,7 +127,7 @@ def _neighbours(pairs: Sequence[Pair]) -> list[dict[str, int]]:
     for i, (prompt, chosen, rejected) in enumerate(parts):
         against = rejects.get((prompt, chosen), chooses.get((prompt, rejected)))
         same = whole[prompt, chosen, rejected]
-        found.append(({"contradictory": against} if against is not None else {}) | ({"duplicate": same} if same != i else {}))
+        found.append({name: j for name, j in (("contradictory", against), ("duplicate", same)) if j not in (None, i)})
     return found
 
 
@@ -144,9 +138,8 @@ def report(path: Path, entries: list[dict], pairs: Sequence[Pair], template: Tem
     console.print(plain(f"{len(entries)} pairs: " + ", ".join(f"{count[name]} {name}" for name in CLASSES if count[name])))
     worst = [entry for entry in entries if entry["class"] not in ("learned", "unseen")][:SHOWN]
     if worst:
-        table = Table(
-            "row", "class", "margin", "tokens", "prompt", title=f"fix these {len(worst)} (all pairs: {path})", title_justify="left"
-        )
+        title = f"fix these {len(worst)} (all pairs: {path})"
+        table = Table("row", "class", "margin", "tokens", "prompt", title=title, title_justify="left")
         for entry in worst:
             margin = " → ".join(f"{entry[name]:+.2f}" for name in ("first", "last") if entry[name] is not None)
             said = _prompt(template, pairs[entry["pair"]])
@@ -155,7 +148,7 @@ def report(path: Path, entries: list[dict], pairs: Sequence[Pair], template: Tem
     return {name: float(count[name]) for name in CLASSES if count[name]}
 
 
-def _prompt(template: Template, pair: Pair, width: int = 40) -> str:
-    """The end of what was asked, on one line."""
+def _prompt(template: Template, pair: Pair) -> str:
+    """The last 40 characters of what was asked, on one line."""
     ids = [i for i in pair.chosen.ids[: pair.prompt].tolist() if i not in template.token]
-    return " ".join(template.tokenizer.decode_bytes(ids[-4 * width :]).decode("utf-8", "replace").split())[-width:]
+    return " ".join(template.tokenizer.decode_bytes(ids[-160:]).decode("utf-8", "replace").split())[-40:]

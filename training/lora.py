@@ -38,9 +38,7 @@ class Trained:
 
 def trained(base: Decoder, rank: int, control: Sequence[int], seed: int) -> Trained:
     """All weights of `base` for rank 0; otherwise its adapters, and the rows of the `control` ids.
-
-    Raises:
-        UserError: for a rank that is negative or no lower than the model is wide.
+    Raises UserError for a rank that is negative or no lower than the model is wide.
     """
     graph, params = nnx.split(base)
     if rank == 0:
@@ -48,19 +46,12 @@ def trained(base: Decoder, rank: int, control: Sequence[int], seed: int) -> Trai
     if not 0 < rank < base.config.d_model:
         raise UserError(f"--lora {rank} must be between 1 and {base.config.d_model - 1}: the model is {base.config.d_model} wide")
     ids = tuple(control)
-
-    def logprobs(adapters, frozen, batch: dict) -> jax.Array:
-        return token_logprobs(graph, merge(adapters, frozen, ids), batch)
-
-    def total(adapters, frozen, batch: dict):
-        return token_nll(graph, merge(adapters, frozen, ids), batch)
-
     return Trained(
-        add(base.config, rank, ids, jax.random.key(seed)),
-        params,
-        logprobs,
-        total,
-        lambda adapters: jax.jit(merge, static_argnums=2)(adapters, params, ids),
+        params=add(base.config, rank, ids, jax.random.key(seed)),
+        frozen=params,
+        logprobs=lambda adapters, frozen, batch: token_logprobs(graph, merge(adapters, frozen, ids), batch),
+        total=lambda adapters, frozen, batch: token_nll(graph, merge(adapters, frozen, ids), batch),
+        merge=lambda adapters: jax.jit(merge, static_argnums=2)(adapters, params, ids),
     )
 
 

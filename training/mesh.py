@@ -38,9 +38,7 @@ def join() -> None:
 
     "HOST:PORT,PROCESSES,ID" is explicit; "auto" asks the cluster (Slurm, MPI, Kubernetes, Cloud TPU). To be called before JAX sees its devices.
     An environment variable and no flag: the command is the same on every machine, and so are the settings that it saves.
-
-    Raises:
-        UserError: when the variable is not of that form or the others cannot be reached.
+    Raises UserError when the variable is not of that form or the others cannot be reached.
     """
     if (spec := os.environ.get(ENV)) and not jax.distributed.is_initialized():
         try:
@@ -56,9 +54,7 @@ def make_mesh(spec: str = "auto", *, accumulate: int = 1, state_bytes: int = 0) 
 
     "auto" takes every device, splits the state (`state_bytes`: weights, gradients and optimizer) no finer than comfort asks and shards
     data over the rest. CPU devices of one process are the same cores, so there "auto" takes one.
-
-    Raises:
-        UserError: when the sizes don't multiply to the number of devices, or `accumulate` micro-batches don't divide among the shards.
+    Raises UserError when the sizes don't multiply to the number of devices, or `accumulate` micro-batches don't divide among the shards.
     """
     devices = jax.devices()
     if spec != "auto":

@@ -1,7 +1,6 @@
 """What SFT trains on: files and data sets, each with its weight, mapped to conversations, a part of each held out."""
 
 import hashlib
-import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -16,6 +15,7 @@ from soul import conversation
 from soul.console import progress
 from soul.errors import UserError
 from soul.files import read_text
+from soul.records import file_rows, hub_rows
 from training.data import Example, permutation
 
 REQUESTS, REPLIES = ("instruction", "prompt", "question", "query"), ("output", "response", "completion", "answer")
@@ -53,11 +53,7 @@ NUMBERS = {"epochs": float, "weight": float, "max_length": int, "rows": int}
 
 
 def read_mixture(path: Path) -> list[Source]:
-    """The entries of a YAML or JSON file; paths in it are relative to it.
-
-    Raises:
-        UserError: naming the file, the entry and the key.
-    """
+    """The entries of a YAML or JSON file; paths in it are relative to it. Raises UserError naming the file, the entry and the key."""
     try:
         entries = yaml.safe_load(read_text(path))
     except (yaml.YAMLError, RecursionError, ValueError) as error:
@@ -90,9 +86,7 @@ def _entry(entry: object, where: str, folder: Path) -> Source:
 
 def conversations(source: Source) -> tuple[list[dict], Counter]:
     """Rows with `id`, `messages`, `template_hash` and `soul_hash`, and what was left out: a row of columns without request or reply.
-
-    Raises:
-        UserError: naming the row that cannot be read, or the columns when they are not known; when more than a tenth has no request or reply.
+    Raises UserError naming the row that cannot be read, or the columns when they are not known; when more than a tenth has no request or reply.
     """
     found, unusable = [], Counter()
     with progress(source.name, None, "rows") as show:
@@ -148,53 +142,14 @@ def _cells(row: dict, source: Source, where: str) -> list:
 def _rows(source: Source) -> Iterator[tuple[str, object]]:
     path = Path(source.data)
     if source.data.startswith("hf:"):
-        return _hub(source.data)
+        name, *more = source.data.removeprefix("hf:").split(":")
+        split = more.pop() if more else "train"
+        return hub_rows(name, *more, split=split, where=source.data)
     if path.suffix not in SUFFIXES:
         raise UserError(f"is none of {', '.join(SUFFIXES)}", where=path)
     if not path.is_file():
         raise UserError("no such file", where=path)
-    return _parquet(path) if path.suffix == ".parquet" else _json(path)
-
-
-def _json(path: Path) -> Iterator[tuple[str, object]]:
-    text = read_text(path)
-    try:
-        if path.suffix == ".json" and isinstance(rows := json.loads(text), list):
-            yield from ((f"{path}: row {number}", row) for number, row in enumerate(rows, 1))
-            return
-    except (ValueError, RecursionError):
-        pass  # JSON Lines are often called .json
-    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: U+2028 is legal inside a string
-        try:
-            if line.strip():
-                yield f"{path}:{number}", json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"is not JSON: {getattr(error, 'msg', error)}", where=f"{path}:{number}") from None
-
-
-def _parquet(path: Path) -> Iterator[tuple[str, object]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(path) as file:
-            rows = (row for batch in file.iter_batches(batch_size=1000) for row in batch.to_pylist())
-            yield from ((f"{path}: row {number}", row) for number, row in enumerate(rows, 1))
-    except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"is not a readable Parquet file ({str(error).splitlines()[0][:80]})", where=path) from None
-
-
-def _hub(data: str) -> Iterator[tuple[str, object]]:
-    import datasets
-
-    name, *more = data[3:].split(":")
-    split = more.pop() if more else "train"
-    try:
-        rows = datasets.load_dataset(name, *more, split=split, streaming=True)
-        yield from ((f"{data}: row {number}", row) for number, row in enumerate(rows, 1))
-    except Exception as error:  # the library raises of its own, of the network's and of each format's kind
-        why = str(error).strip().split("\n")[0][:160] or type(error).__name__
-        raise UserError(f"cannot be read: {why}", where=data, fix="A .parquet or .jsonl file works without a network.") from None
+    return file_rows(path)
 
 
 # --- how often each row is used, and which are held out
@@ -212,31 +167,28 @@ class Part:
     left_out: Counter = field(default_factory=Counter)
 
 
-def build(sources: Sequence[Source], encoded: Sequence[list[Example]], unusable: Sequence[Counter], length: int, share: float,
-          least: int, seed: int) -> list[Part]:  # fmt: skip
-    """The parts of a mixture. Rows over the length are dropped; of each source about `share` of the tokens, and at least `least`, are held out.
-
-    Raises:
-        UserError: for a source of which nothing is left, and for weights that cannot be met.
+def build(encoded: Sequence[tuple[Source, list[Example], Counter]], length: int, share: float, least: int, seed: int) -> list[Part]:
+    """The parts of a mixture, from each source's rows and what could not be used of it. Rows over the length are dropped; of each source about
+    `share` of the tokens, and at least `least`, are held out. Raises UserError for a source of which nothing is left, and for weights that cannot be met.
     """
-    kept, left_out, held, keys = [], [Counter(counts) for counts in unusable], [], set()
-    for source, items, counts in zip(sources, encoded, left_out, strict=True):
+    sources, kept, held, left_out, keys = [source for source, _, _ in encoded], [], [], [], set()
+    for source, items, unusable in encoded:
         limit = min(length, source.max_length or length)
         kept.append([item for item in items if len(item) <= limit])
-        counts[f"longer than {limit}"] += len(items) - len(kept[-1])
         if items and not kept[-1]:
             raise UserError(f"all {len(items)} rows are longer than {limit} tokens", where=source.data, fix="Raise --length.")
+        left_out.append(unusable + Counter({f"longer than {limit}": len(items) - len(kept[-1])}))
         held.append(hold_out(kept[-1], share, least, seed))
         keys |= {prompt_key(item, seed) for item in held[-1]}
     train = [[item for item in items if prompt_key(item, seed) not in keys] for items in kept]
-    for rows, items, out, counts in zip(kept, train, held, left_out, strict=True):
-        counts["held out elsewhere"] += len(rows) - len(items) - len(out)
-    used = times(sources, [sum(int(item.mask.sum()) for item in items) for items in train])
-    names = [source.name if sum(source.name == other.name for other in sources) == 1 else source.data for source in sources]
-    return [
-        Part(name, len(encoded[n]) + unusable[n].total(), used[n], repeated(train[n], used[n], seed), held[n], +left_out[n])
-        for n, name in enumerate(names)
-    ]
+    used = times(sources, [sum(item.trained for item in items) for items in train])
+    parts = []
+    for n, (source, items, unusable) in enumerate(encoded):
+        name = source.name if sum(source.name == other.name for other in sources) == 1 else source.data
+        elsewhere = Counter({"held out elsewhere": len(kept[n]) - len(train[n]) - len(held[n])})
+        rows = len(items) + unusable.total()
+        parts.append(Part(name, rows, used[n], repeated(train[n], used[n], seed), held[n], left_out[n] + elsewhere))
+    return parts
 
 
 def prompt_key(item: Example, seed: int) -> bytes:
@@ -269,16 +221,15 @@ def times(sources: Sequence[Source], tokens: Sequence[int]) -> list[float]:
         raise UserError("has a weight but no rows", where=empty[0])
     fixed, total = sum(t * k for n, (t, k) in enumerate(zip(tokens, used, strict=True)) if n not in weights), sum(weights.values())
     if len(weights) < len(sources) and (total >= 1 or not fixed):
-        raise UserError(
-            f"weights add up to {total:g}, which leaves nothing for the sources with epochs", fix="Weights are shares of the whole."
-        )
+        what = f"weights add up to {total:g}, which leaves nothing for the sources with epochs"
+        raise UserError(what, fix="Weights are shares of the whole.")
     whole = fixed / (1 - total) if len(weights) < len(sources) else min(tokens[n] * total / w for n, w in weights.items()) / total
     return [weights[n] * whole / tokens[n] if n in weights else used[n] for n in range(len(sources))]
 
 
 def repeated(items: list[Example], number: float, seed: int) -> list[Example]:
     """Every row ⌊number⌋ times, and some of them, chosen by the seed and worth the rest in trained tokens, once more."""
-    order, trained = permutation((seed, len(items)), len(items)), np.array([item.mask.sum() for item in items], int)
+    order, trained = permutation((seed, len(items)), len(items)), np.array([item.trained for item in items], int)
     up_to = np.cumsum(trained[order]) - trained[order] / 2  # the middle of the row that reaches the mark decides whether it is in
     whole = math.floor(number)
     once_more = np.sort(order[: np.searchsorted(up_to, (number - whole) * trained.sum())])

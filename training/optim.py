@@ -23,9 +23,8 @@ class OptimConfig:
 def schedule(config: OptimConfig, steps: int) -> optax.Schedule:
     """The learning rate of step 0, 1, …: the first is not zero, and the one after the last would be."""
     up = min(max(1, round(config.warmup * steps)), max(1, steps - 1))
-    return optax.join_schedules(
-        [optax.linear_schedule(config.lr / up, config.lr, max(1, up - 1)), optax.linear_schedule(config.lr, 0.0, max(1, steps - up))], [up]
-    )
+    rising = optax.linear_schedule(config.lr / up, config.lr, max(1, up - 1))
+    return optax.join_schedules([rising, optax.linear_schedule(config.lr, 0.0, max(1, steps - up))], [up])
 
 
 def decayed(params) -> object:

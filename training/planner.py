@@ -5,7 +5,7 @@ are extrapolated in the number of layers. The assumption is that every layer cos
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,9 +20,7 @@ from rich.table import Table
 
 from model import checkpoint, ops
 from model.config import ModelConfig
-from model.gguf_import import read_gguf
-from model.hf_import import read_hf
-from model.load import find
+from model.load import find, read_base
 from model.tokenizer import Tokenizer, adopt
 from model.transformer import Decoder, param_table
 from soul.console import output, progress
@@ -31,11 +29,12 @@ from soul.files import read_json, write_json
 from soul.machine import free_memory, resident
 from soul.settings import config_from_json
 from soul.template import SPECIAL_TOKENS, Template
-from training import bpb, dpo, losses, pretrain, sft
-from training.data import Example, Packed, Pair, load_rows, pair
+from training import dpo, losses, preflight, pretrain, sft
+from training.data import Example, Packed, Pair, as_batch, load_rows, pair
 from training.depth import parameters
 from training.fit import TrainState, updater
-from training.lora import Trained, trained
+from training.lora import trained
+from training.losses import Preference
 from training.muon import muon_adamw
 from training.optim import adamw
 from training.programs import Programs
@@ -80,8 +79,6 @@ class Stage:
 
     name: str
     model: ModelConfig
-    part: Callable[[Decoder], Trained]
-    programs: Callable[[Trained], Programs]
     optimizer: optax.GradientTransformation
     batch: Callable[[int], tuple[dict, float]]
     """rows -> a micro-batch, and how many real tokens such a one has on average."""
@@ -89,7 +86,10 @@ class Stage:
     accumulate: int
     tokens: float | None
     """All tokens to train on, where that is known."""
-    compute: str = "auto"
+    compute: str
+    lora: int = 0
+    control: Sequence[int] = ()
+    preference: Preference | None = None
 
 
 @dataclass(frozen=True)
@@ -133,9 +133,7 @@ def main(config: Config, clock: Callable[[], float] = time.perf_counter) -> int:
 
 def stages(config: Config) -> list[Stage]:
     """The stages asked for. Raises UserError where there is nothing to plan."""
-    for name in ("length", "batch_rows", "tokens", "depth", "vocab_size"):
-        if (value := getattr(config, name)) is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+    preflight.check_positive(config, "length", "batch_rows", "tokens", "depth", "vocab_size")
     if config.depth is None and "pretrain" in config.stages:
         raise UserError("pretraining is planned by its depth", fix="Give --depth.")
     names = config.stages or (("sft", "dpo") if config.depth is None else ("pretrain", "sft", "dpo"))
@@ -163,8 +161,7 @@ def described(name: str) -> tuple[ModelConfig, Tokenizer]:
     path = find(name)
     if (path / "checkpoints").is_dir():
         return checkpoint.read_description(path)[:2]
-    source = read_gguf(path) if path.suffix == ".gguf" else None
-    config, tokenizer = (source.config, source.tokenizer) if source else read_hf(path)[:2]
+    config, tokenizer, _ = read_base(path)
     tokenizer = adopt(tokenizer)
     return replace(config, vocab_size=max(config.vocab_size, tokenizer.vocab_size)), tokenizer
 
@@ -175,10 +172,10 @@ def pretraining(config: Config) -> Stage:
     compute, rng = ops.resolve_compute(command.compute), np.random.default_rng(0)
 
     def batch(rows: int) -> tuple[dict, float]:
-        return bpb.as_batch(rng.integers(0, config.vocab_size, (rows, plan.length + 1)), rows), rows * plan.length
+        return as_batch(rng.integers(0, config.vocab_size, (rows, plan.length + 1)), rows), rows * plan.length
 
-    return Stage("pretrain", plan.model, lambda model: trained(model, 0, (), 0), lambda part: Programs(part.logprobs, losses.nll),
-                 muon_adamw(plan.rates, plan.steps, compute), batch, plan.batch_rows, plan.accumulate, plan.tokens, compute)  # fmt: skip
+    optimizer = muon_adamw(plan.rates, plan.steps, compute)
+    return Stage("pretrain", plan.model, optimizer, batch, plan.batch_rows, plan.accumulate, plan.tokens, compute)
 
 
 def tuning(config: Config, name: str, model: ModelConfig, tokenizer: Tokenizer | None) -> Stage:
@@ -196,9 +193,8 @@ def tuning(config: Config, name: str, model: ModelConfig, tokenizer: Tokenizer |
 
     tokens = min(train.epochs * Packed.build(items, train.length, 1, 0).tokens, train.max_tokens or np.inf) if found else train.max_tokens
     control = sorted(template.id.values()) if template else range(len(SPECIAL_TOKENS))
-    return Stage(name, model, lambda base: trained(base, command.lora, control, 0),
-                 lambda part: Programs(part.logprobs, preference or losses.nll, fused=preference is None), adamw(train.optim, 1000), batch,
-                 train.batch_rows, train.accumulate, config.tokens or tokens, ops.resolve_compute(train.compute))  # fmt: skip
+    return Stage(name, model, adamw(train.optim, 1000), batch, train.batch_rows, train.accumulate, config.tokens or tokens,
+                 ops.resolve_compute(train.compute), command.lora, control, preference)  # fmt: skip
 
 
 def items_of(command: sft.Config | dpo.Config, model: ModelConfig, template: Template) -> list | None:
@@ -210,7 +206,7 @@ def items_of(command: sft.Config | dpo.Config, model: ModelConfig, template: Tem
     if not (command.mixture or command.data or files[0].exists()):
         return None
     like = SimpleNamespace(template=template, vocab_size=model.vocab_size, config=command.train)
-    return [item for part in sft.encode(like, *sft.read(command), command.validation) for item in part.train]
+    return [item for part in sft.encode(like, sft.read(command), command.validation) for item in part.train]
 
 
 def random_items(paired: bool, length: int, rows: int, share: float, vocab_size: int) -> list:
@@ -232,24 +228,24 @@ class Probe:
     """Steps of a stage at `layers` layers, with random weights."""
 
     def __init__(self, stage: Stage, layers: int):
-        self.stage, self.layers = stage, layers
-        part = stage.part(Decoder(replace(stage.model, n_layers=layers), nnx.Rngs(0), compute=stage.compute))
-        self.programs, self.frozen, self.update = stage.programs(part), part.frozen, updater(stage.optimizer)
+        self.layers = layers
+        base = Decoder(replace(stage.model, n_layers=layers), nnx.Rngs(0), compute=stage.compute)
+        part = trained(base, stage.lora, stage.control, 0)
+        self.programs = Programs(part.logprobs, stage.preference or losses.nll, fused=stage.preference is None, total=part.total)
+        self.frozen, self.update = part.frozen, updater(stage.optimizer)
         self.state = TrainState(part.params, jax.jit(stage.optimizer.init)(part.params))
 
     def memory(self, batch: dict) -> np.ndarray:
         """Bytes of the state, of gradients, and at the peak of a gradient and of an update beside the state, as the compiler planned them."""
         p, params, frozen = self.programs, self.state.params, self.frozen
-        _, grads = jax.eval_shape(p.gradients, params, frozen, batch) if p.fused else (None, params)
-        value, _ = jax.eval_shape(p.loss, jax.eval_shape(p.logprobs, params, frozen, batch), batch)
+        value, grads = jax.eval_shape(p.gradients, params, frozen, batch)
         if p.fused:
             gradient = planned(p.whole, params, frozen, batch)
         else:
             logp, pullback = jax.eval_shape(p.forward, params, frozen, batch)
             gradient = max(planned(p.forward, params, frozen, batch), size(pullback) + planned(p.backward, params, pullback, logp))
-        return np.array(
-            [size((self.state, frozen)), size(grads), gradient, size(grads) + planned(self.update, self.state, grads, value)], float
-        )
+        update = size(grads) + planned(self.update, self.state, grads, value)
+        return np.array([size((self.state, frozen)), size(grads), gradient, update], float)
 
     def seconds(self, batch: dict, clock: Callable[[], float]) -> np.ndarray:
         """Of a gradient, of adding another one to it, of an update, and of a forward where a reference is needed."""
@@ -337,11 +333,8 @@ def peak_flops(compute: str, clock: Callable[[], float], n: int = 1024) -> float
     """FLOP/s that MFU is a share of: a known accelerator's published bf16 number, otherwise the best of 50 products n×n here."""
     if known := next((value for name, value in PEAKS.items() if name in jax.devices()[0].device_kind), None):
         return known * 1e12
-    x, product, best = (
-        jnp.ones((n, n), jnp.bfloat16 if compute == "bf16" else jnp.float32),
-        jax.jit(lambda a, b: ops.matmul(a, b, compute)),
-        np.inf,
-    )
+    x, best = jnp.ones((n, n), jnp.bfloat16 if compute == "bf16" else jnp.float32), np.inf
+    product = jax.jit(lambda a, b: ops.matmul(a, b, compute))
     jax.block_until_ready(product(x, x))
     for _ in range(50):
         start = clock()

@@ -19,19 +19,21 @@ SHARES = (0.005, 0.995)  # of trained tokens: outside of these a mask is broken,
 SHOWN, EDGE = 160, 24  # of an example's trained tokens, and of either end of a long stretch that is not trained
 
 
+def check_positive(settings: object, *names: str) -> None:
+    """Refuse (UserError) a setting that is given and not above 0."""
+    for name in names:
+        if (value := getattr(settings, name)) is not None and value <= 0:
+            raise UserError(f"--{name.replace('_', '-')} must be more than 0, not {value}")
+
+
 def check_rows(template: Template, rows: list[dict]) -> None:
     """Refuse rows made for another template. Rows without a hash are plain conversations, made for none.
-
-    Raises:
-        UserError: naming the first row whose hash is another one.
+    Raises UserError naming the first row whose hash is another one.
     """
     for row in rows:
         if row["template_hash"] not in ("", template.hash):
-            raise UserError(
-                f"made for template {row['template_hash'][:12]}, not this model's {template.hash[:12]} (other control ids or tool specs)",
-                where=f"row {row['id']}",
-                fix="Export the data again for this model.",
-            )
+            what = f"made for template {row['template_hash'][:12]}, not this model's {template.hash[:12]} (other control ids or tool specs)"
+            raise UserError(what, where=f"row {row['id']}", fix="Export the data again for this model.")
 
 
 _FRAMES = {f"<|{turn}_{side}|>" for turn in ("system", "user", "tool_result") for side in ("start", "end")} | {"<|assistant_start|>"}
@@ -39,10 +41,7 @@ _FRAMES = {f"<|{turn}_{side}|>" for turn in ("system", "user", "tool_result") fo
 
 def check_example(template: Template, item: Example, vocab_size: int, skip: int = 0) -> None:
     """Refuse a broken sequence: one bos, and it first; ids in range; something trained but not everything, and no other turn's frame; every
-    reply after `skip` ends in a trained `<|assistant_end|>`, and the last one says something.
-
-    Raises:
-        UserError: naming the row.
+    reply after `skip` ends in a trained `<|assistant_end|>`, and the last one says something. Raises UserError naming the row.
     """
     ids, mask, end = item.ids, item.mask, template.id["<|assistant_end|>"]
     if len(ids) and (ids.min() < 0 or ids.max() >= vocab_size):
@@ -72,7 +71,7 @@ def _last_reply(template: Template, ids: np.ndarray) -> bytes:
 
 def check_pair(template: Template, item: Pair, vocab_size: int) -> None:
     """Both branches must pass `check_example`, share the prompt's ids, and differ after it."""
-    for branch in (item.chosen, item.rejected):
+    for branch in item.branches:
         check_example(template, branch, vocab_size, item.prompt)
     if not np.array_equal(item.chosen.ids[: item.prompt], item.rejected.ids[: item.prompt]):
         raise UserError("the branches' prompts differ", where=f"row {item.chosen.row}")
@@ -91,7 +90,7 @@ def check_template(template: Template, vocab_size: int) -> None:
 
 def check_shares(items: Sequence[Example]) -> None:
     """Refuse (UserError) data of which next to nothing is trained, or next to everything."""
-    trained, tokens = sum(int(item.mask.sum()) for item in items), sum(map(len, items))
+    trained, tokens = sum(item.trained for item in items), sum(map(len, items))
     if not SHARES[0] <= trained / tokens <= SHARES[1]:
         raise UserError(f"{trained:,} of {tokens:,} tokens are trained ({trained / tokens:.1%})", where="preflight",
                         fix="Look at the rows: is one side of the conversations missing?")  # fmt: skip
@@ -104,37 +103,40 @@ def check_held_out(train: Sequence[Example], held_out: Sequence[Example], seed: 
         raise UserError(f"has the prompt of row {known[prompt_key(shared, seed)].row}, which is held out", where=f"row {shared.row}")
 
 
+def facts(title: str, values: dict[str, str]) -> Table:
+    table = Table(title=title, show_header=False, title_justify="left")
+    for name, value in values.items():
+        table.add_row(name, value)
+    return table
+
+
 def summary(packed: Packed, template: Template, title: str, steps: int, parts: Sequence[Part] = ()) -> None:
     """Print what will be trained: counts, lengths, the supervised share, the sources, and three examples token by token."""
-    branches = [b for item in packed.items for b in ((item.chosen, item.rejected) if isinstance(item, Pair) else (item,))]
-    lengths = np.array([len(b) for b in branches])
-    supervised = sum(int(b.mask.sum()) for b in branches)
+    branches = [branch for item in packed.items for branch in item.branches]
+    lengths, supervised = np.array([len(b) for b in branches]), sum(b.trained for b in branches)
     dropped = packed.dropped + sum(n for part in parts for reason, n in part.left_out.items() if reason.startswith("longer"))
-    table = Table(title=title, show_header=False, title_justify="left")
-    for name, value in (
-        ("pairs" if packed.paired else "rows", f"{len(packed.items):,}"),
-        ("dropped, longer than " + str(packed.length), f"{dropped:,}"),
-        ("tokens", f"{packed.tokens:,}"),
-        ("trained tokens", f"{supervised:,} ({supervised / packed.tokens:.0%})"),
-        ("lengths, min / median / max", f"{lengths.min()} / {int(np.median(lengths))} / {lengths.max()}"),
-        ("packed rows", f"{packed.rows:,} of {packed.length} tokens, {packed.tokens / (packed.rows * packed.length):.0%} full"),
-        ("steps", f"{steps:,}"),
-    ):
-        table.add_row(name, value)
-    console.print(table)
+    console.print(facts(title, {
+        "pairs" if packed.paired else "rows": f"{len(packed.items):,}",
+        f"dropped, longer than {packed.length}": f"{dropped:,}",
+        "tokens": f"{packed.tokens:,}",
+        "trained tokens": f"{supervised:,} ({supervised / packed.tokens:.0%})",
+        "lengths, min / median / max": f"{lengths.min()} / {int(np.median(lengths))} / {lengths.max()}",
+        "packed rows": f"{packed.rows:,} of {packed.length} tokens, {packed.tokens / (packed.rows * packed.length):.0%} full",
+        "steps": f"{steps:,}",
+    }))  # fmt: skip
     if parts:
         console.print(_sources(parts))
     console.print("three examples; what is trained is green, every second token underlined:")
     for item in _three(packed.items, parts):
-        console.print(coloured(template, item.chosen if isinstance(item, Pair) else item))
-        if isinstance(item, Pair):
+        console.print(coloured(template, item.branches[0]))
+        if packed.paired:
             console.print("rejected:", coloured(template, item.rejected, item.prompt))
         console.print()
 
 
 def _sources(parts: Sequence[Part]) -> Table:
     table = Table("source", "rows", "used", "trained tokens", "held out", "left out", title="sources", title_justify="left")
-    trained = [sum(int(item.mask.sum()) for item in part.train) for part in parts]
+    trained = [sum(item.trained for item in part.train) for part in parts]
     for part, tokens in zip(parts, trained, strict=True):
         out = ", ".join(f"{n:,} {reason}" for reason, n in part.left_out.items()) or "0"
         share = f"{tokens:,} ({tokens / sum(trained):.0%})"

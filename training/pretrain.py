@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from rich.table import Table
 
 from model import ops
 from model.load import Loaded, load_model
@@ -23,11 +22,10 @@ from soul.files import read_json, sha256_json, write_atomic, write_json
 from soul.rows import kind_of, read_rows
 from soul.template import Template
 from training import losses, preflight
-from training.bpb import as_batch, bits_per_byte
-from training.corpus import Corpus, pack
-from training.data import permutation
+from training.corpus import Corpus, packed
+from training.data import as_batch, permutation
 from training.depth import Plan, dial, fresh, parameters, scaling_params
-from training.fit import Eval, TrainState, read_evals, read_metrics, updater
+from training.fit import Eval, TrainState, bits_per_byte, read_evals, read_metrics, updater
 from training.mesh import Layout, join, make_mesh
 from training.muon import muon_adamw
 from training.programs import Programs, plain_logprobs, plain_nll
@@ -117,13 +115,13 @@ def main(config: Config, clock: Callable[[], float] = time.monotonic) -> int:
     summary(plan, corpus, len(extra))
     every = max(1, plan.steps // EVALS)
     job = Job(
-        directory=directory, command=f"soulsmith pretrain --config {directory}.json", steps=plan.steps,
+        directory=directory, steps=plan.steps,
         batches=lambda k: batches(k, plan.batch_rows), programs=programs, optimizer=muon_adamw(plan.rates, plan.steps, model.compute),
         rate=lambda step: plan.rates.matrix * plan.rates.curve(plan.steps)(step), params=params,
         identity={"plan": asdict(plan), "data": data, "share": config.midtrain_share, "seed": config.seed, "compute": model.compute},
         model=plan.model, tokenizer=corpus.tokenizer, meta={"stage": "pretrain", "base": f"depth-{config.depth}"}, keep_optimizer=True,
         config=TrainConfig(accumulate=plan.accumulate, **{name: getattr(config, name) for name in (
-            "length", "seed", "compute", "checkpoint_minutes", "checkpoint_steps", "keep", "keep_every", "mesh")}),
+            "checkpoint_minutes", "checkpoint_steps", "keep", "keep_every")}),
         evals=(Eval(lambda step, state: evaluate(
             programs, state.params, corpus, plan.batch_rows, None if step == plan.steps else config.eval_tokens), every),))  # fmt: skip
     code = train(job)
@@ -138,9 +136,7 @@ def opened(config: Config) -> Corpus:
         raise UserError("--steps and --minutes both set the horizon", fix="Give one of them.")
     if config.minutes is not None and jax.process_count() > 1:
         raise UserError("--minutes measures one process; several would each choose another horizon", fix="Give --steps or --ratio.")
-    for name in ("depth", "ratio", "steps", "minutes", "length", "batch_rows", "batch_tokens", "kv_heads", "d_head"):
-        if (value := getattr(config, name)) is not None and value <= 0:
-            raise UserError(f"--{name.replace('_', '-')} must be more than 0, not {value}")
+    preflight.check_positive(config, "depth", "ratio", "steps", "minutes", "length", "batch_rows", "batch_tokens", "kv_heads", "d_head")
     if not 0 <= config.midtrain_share < 1:
         raise UserError(f"--midtrain-share must be from 0 to below 1, not {config.midtrain_share}")
     corpus = Corpus.open(config.data or config.out / "corpus", config.length)
@@ -150,19 +146,15 @@ def opened(config: Config) -> Corpus:
 
 def documents(path: Path | None, corpus: Corpus) -> np.ndarray:
     """Rows n×(T+1) of the documents in a Parquet file, packed as the corpus is. UserError when they are no documents, or too few for a row."""
-    width, bos = corpus.length + 1, corpus.tokenizer.special["<|bos|>"]
     if path is None:
-        return np.zeros((0, width), np.int32)
+        return np.zeros((0, corpus.length + 1), np.int32)
     rows = read_rows(path)
     if not rows or kind_of(rows) != "docs":
         raise UserError("holds no documents (rows with a `text`)", where=path, fix="Make some with the recipe `docs`.")
-    texts = [corpus.tokenizer.encode(row["text"]) for row in rows]
-    ids, starts = np.concatenate(texts), np.cumsum([0, *map(len, texts)])
-    pieces, ends = pack(starts.tolist(), width)
-    if len(ends) < 2:
-        raise UserError(f"has fewer than {width} tokens", where=path, fix="Give more documents, or a smaller --length.")
-    flat = np.concatenate([np.append(bos, ids[first : first + count]) for first, count in pieces])
-    return flat.astype(np.int32).reshape(-1, width)
+    found = packed([np.array(corpus.tokenizer.encode(row["text"]), np.int32) for row in rows], corpus.length, corpus.tokenizer)
+    if not len(found):
+        raise UserError(f"has fewer than {corpus.length + 1} tokens", where=path, fix="Give more documents, or a smaller --length.")
+    return found
 
 
 @dataclass(frozen=True)
@@ -188,9 +180,7 @@ class Mixed:
 
 def timed_plan(config: Config, path: Path, data: dict, programs: Programs, params, corpus: Corpus, compute: str, clock) -> Plan:
     """The plan whose steps and evals take `config.minutes` here, compiling not counted. Kept in `path`: a resumed run has the same horizon.
-
-    Raises:
-        UserError: when the directory holds a run with another.
+    Raises UserError when the directory holds a run with another.
     """
     vocab = corpus.tokenizer.vocab_size
     asked = data | {name: getattr(config, name) for name in (*DIAL, "depth", "minutes", "eval_tokens")}
@@ -243,27 +233,16 @@ def check_start(programs: Programs, params, batch: dict, vocab_size: int) -> Non
 
 def summary(plan: Plan, corpus: Corpus, documents: int) -> None:
     """Print what will be trained."""
-    c, table = plan.model, Table(title="pretraining", show_header=False, title_justify="left")
-    for name, value in (
-        (
-            "layers × width",
-            f"{c.n_layers} × {c.d_model}, {c.n_heads} heads of {c.d_head} ({c.n_kv_heads} kv), MLP {c.d_ff}, vocabulary {c.vocab_size:,}",
-        ),
-        ("parameters", f"{parameters(c):,}, of which {scaling_params(c):,} in matrices and head"),
-        (
-            "corpus",
-            f"{corpus.tokens:,} tokens in {corpus.rows:,} rows of {corpus.length}"
-            + (f", {documents:,} rows of documents" if documents else ""),
-        ),
-        ("tokens", f"{plan.tokens:,} ({plan.tokens / corpus.tokens:.2f} epochs)"),
-        ("steps", f"{plan.steps:,} of {plan.accumulate} × {plan.batch_rows} rows = {plan.batch_tokens:,} tokens"),
-        (
-            "rates",
-            f"matrices {plan.rates.matrix:.2g}, embedding {plan.rates.embed:.2g}, head {plan.rates.head:.2g}, decay {plan.rates.decay:.2g}",
-        ),
-    ):
-        table.add_row(name, value)
-    console.print(table)
+    c, rates = plan.model, plan.rates
+    more = f", {documents:,} rows of documents" if documents else ""
+    console.print(preflight.facts("pretraining", {
+        "layers × width": f"{c.n_layers} × {c.d_model}, {c.n_heads} heads of {c.d_head} ({c.n_kv_heads} kv), MLP {c.d_ff}, vocabulary {c.vocab_size:,}",
+        "parameters": f"{parameters(c):,}, of which {scaling_params(c):,} in matrices and head",
+        "corpus": f"{corpus.tokens:,} tokens in {corpus.rows:,} rows of {corpus.length}{more}",
+        "tokens": f"{plan.tokens:,} ({plan.tokens / corpus.tokens:.2f} epochs)",
+        "steps": f"{plan.steps:,} of {plan.accumulate} × {plan.batch_rows} rows = {plan.batch_tokens:,} tokens",
+        "rates": f"matrices {rates.matrix:.2g}, embedding {rates.embed:.2g}, head {rates.head:.2g}, decay {rates.decay:.2g}",
+    }))  # fmt: skip
 
 
 def evaluate(programs: Programs, params, corpus: Corpus, batch_rows: int, tokens: int | None = None) -> dict[str, float]:

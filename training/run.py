@@ -24,8 +24,8 @@ from soul.errors import UserError
 from soul.files import read_json, write_json
 from soul.template import Template
 from training import preflight
-from training.data import Packed, Pair
-from training.fit import Eval, FitConfig, Hooks, TrainState, fit
+from training.data import Packed
+from training.fit import Eval, Loop, TrainState, fit
 from training.mesh import Layout, join, make_mesh
 from training.optim import OptimConfig, adamw, schedule
 from training.programs import Programs
@@ -67,12 +67,10 @@ class Job:
     """One training, whatever its stage: what `train` needs to start it, go on with it and save what came out.
 
     `params` is what is trained and `frozen` what is not (None, or the base under adapters); `merge(params)` gives the weights of the model
-    to save. `warm(opt_state)` may replace the fresh optimizer state, `after(params)` runs when the model is saved.
+    to save. `warm(opt_state)` may replace the fresh optimizer state.
     """
 
     directory: Path
-    command: str
-    """What the person types to go on."""
     steps: int
     batches: Callable[[int], dict]
     programs: Programs
@@ -91,7 +89,6 @@ class Job:
     evals: tuple[Eval, ...] = ()
     keep_optimizer: bool = False
     """Keep the optimizer's state beside the final weights, for a next stage to start from."""
-    after: Callable[[Any], None] = lambda params: None
 
 
 @dataclass(frozen=True)
@@ -102,7 +99,6 @@ class Setup:
     template: Template
     config: TrainConfig
     directory: Path
-    command: str
     layout: Layout
 
     @property
@@ -110,13 +106,12 @@ class Setup:
         return self.loaded.config.vocab_size
 
     def job(self, packed: Packed, programs: Programs, batches: Callable[[int], dict], settings: dict, meta: dict, **more: Any) -> Job:
-        """The training of this base: all of its weights by AdamW, unless `more` says otherwise."""
+        """The training of this base, by AdamW unless `more` says otherwise; it names `params`."""
         steps, config = self.steps(packed), self.config
         return Job(**{
-            "directory": self.directory, "command": self.command, "steps": steps, "batches": batches, "programs": programs,
-            "optimizer": adamw(config.optim, steps), "rate": schedule(config.optim, steps), "params": nnx.split(self.loaded.model)[1],
-            "identity": identity_of(self, packed, settings), "model": self.loaded.config, "tokenizer": self.loaded.tokenizer,
-            "meta": self.loaded.meta | meta, "config": config, **more})  # fmt: skip
+            "directory": self.directory, "steps": steps, "batches": batches, "programs": programs, "optimizer": adamw(config.optim, steps),
+            "rate": schedule(config.optim, steps), "identity": identity_of(self, packed, settings), "model": self.loaded.config,
+            "tokenizer": self.loaded.tokenizer, "meta": self.loaded.meta | meta, "config": config, **more})  # fmt: skip
 
     def steps(self, packed: Packed) -> int:
         """Optimizer steps for the epochs asked, or fewer where `max_tokens` says so."""
@@ -139,30 +134,21 @@ def setup(model: str, config: TrainConfig, out: Path, stage: str) -> Setup:
         raise UserError(f"--length {config.length} is more than the model's {loaded.config.max_len}")
     state_bytes = 16 * sum(p.size for p in jax.tree.leaves(nnx.split(loaded.model)[1]))  # fp32 weights, gradients, two moments
     layout = Layout(make_mesh(config.mesh, accumulate=config.accumulate, state_bytes=state_bytes), loaded.config)
-    return Setup(loaded, template, config, out / stage, f"soulsmith {stage} --config {out / stage}.json", layout)
-
-
-def weights_hash(params) -> str:
-    digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(params):
-        digest.update(np.asarray(leaf))
-    return digest.hexdigest()
+    return Setup(loaded, template, config, out / stage, layout)
 
 
 def data_hash(packed: Packed) -> str:
     """Over ids and masks in order: what is trained, whatever file it came from."""
     digest = hashlib.sha256()
     for item in packed.items:
-        for branch in (item.chosen, item.rejected) if isinstance(item, Pair) else (item,):
+        for branch in item.branches:
             digest.update(np.int64(len(branch)).tobytes() + branch.ids.tobytes() + branch.mask.tobytes())
     return digest.hexdigest()
 
 
 def train(job: Job) -> int:
     """Train, or go on with a run that was stopped; afterwards `directory` is a model that `load_model` reads. Gives the exit code.
-
-    Raises:
-        UserError: when the directory holds a run with another `identity`: its checkpoint must not be gone on with.
+    Raises UserError when the directory holds a run with another `identity`: its checkpoint must not be gone on with.
     """
     config, steps, out = job.config, job.steps, job.directory
     weights = "params" if job.frozen is None else "adapters"  # adapters alone are no model that load_model could read
@@ -178,22 +164,21 @@ def train(job: Job) -> int:
         start, items = checkpoint.restore(out, {weights: state.params, "opt_state": state.opt_state})
         state = TrainState(items[weights], items["opt_state"])
         console.print(f"going on at step {start} of {steps}")
-    limits = FitConfig(steps, config.accumulate, config.checkpoint_minutes, config.checkpoint_steps)
     with Saver(out, config.keep, config.keep_every) as saver:
-        hooks = Hooks(
-            save=lambda step, now: saver.save(step, {weights: now.params, "opt_state": now.opt_state}),
+        loop = Loop(
+            steps, save=lambda step, now: saver.save(step, {weights: now.params, "opt_state": now.opt_state}),
             metrics=out / (f"metrics-{jax.process_index()}.jsonl" if jax.process_index() else "metrics.jsonl"),
+            accumulate=config.accumulate, checkpoint_minutes=config.checkpoint_minutes, checkpoint_steps=config.checkpoint_steps,
             rate=lambda step: float(job.rate(step)), title=out.name,
             evals=(*job.evals, Eval(lambda step, state: {"peak_gb": peak_bytes() / 1e9})))  # fmt: skip
-        state, step = fit(job.programs, job.optimizer, state, job.batches, limits, hooks, start=start, frozen=frozen)
+        state, step = fit(job.programs, job.optimizer, state, job.batches, loop, start=start, frozen=frozen)
     if step < steps:
-        console.print(f"stopped at step {step} of {steps}. Go on with: {job.command}")
+        console.print(f"stopped at step {step} of {steps}. Go on with: soulsmith {out.name} --config {out}.json")
         return 130
     final = state.params if job.frozen is None else layout.put(job.merge(layout.whole(state.params)))
     kept = {"opt_state": state.opt_state} if job.keep_optimizer else {}
     checkpoint.save(out, steps, {"params": final} | kept, keep=1, keep_every=config.keep_every)
     console.print(f"model: {out}")
-    job.after(layout.whole(final))
     return 0
 
 
@@ -209,14 +194,15 @@ def _check_identity(directory: Path, identity: dict) -> None:
     if path.exists():
         before = read_json(path)
         if changed := sorted(key for key in identity | before if identity.get(key) != before.get(key)):
-            raise UserError(
-                f"holds a run with other {', '.join(changed)}", where=directory, fix="Choose another --out, or delete that directory."
-            )
+            what = f"holds a run with other {', '.join(changed)}"
+            raise UserError(what, where=directory, fix="Choose another --out, or delete that directory.")
     write_json(path, identity)
 
 
 def identity_of(this: Setup, packed: Packed, more: dict) -> dict:
     settings = {name: value for name, value in asdict(this.config).items() if name not in UNTRAINED}
     settings["compute"] = this.loaded.model.compute
-    _, params = nnx.split(this.loaded.model)
-    return {"settings": settings | more, "data": data_hash(packed), "weights": weights_hash(params), "template": this.template.hash}
+    weights = hashlib.sha256()
+    for leaf in jax.tree.leaves(nnx.split(this.loaded.model)[1]):
+        weights.update(np.asarray(leaf))
+    return {"settings": settings | more, "data": data_hash(packed), "weights": weights.hexdigest(), "template": this.template.hash}

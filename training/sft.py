@@ -1,5 +1,6 @@
 """`soulsmith sft`: fine-tune a model on conversations."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain, zip_longest
@@ -10,17 +11,17 @@ from typing import Annotated, Literal
 import jax
 import optax
 import tyro
-from flax import nnx
 
 from model import checkpoint
+from model.load import Loaded, load_model
 from model.sampler import Sampler
 from soul.console import console, plain
 from soul.errors import UserError
 from soul.files import write_atomic
+from soul.template import Template
 from training import lora, losses, mixture, preflight
-from training.bpb import bits_per_byte
 from training.data import Example, Packed, example
-from training.fit import Eval, TrainState
+from training.fit import Eval, TrainState, bits_per_byte
 from training.mixture import Part, Source
 from training.muon import MuonState, Rates, muon_adamw
 from training.programs import Programs
@@ -57,9 +58,9 @@ class Config:
 
 
 def main(config: Config) -> int:
-    rows, unusable, sources = read(config)
+    found = read(config)
     this = setup(config.model, config.train, config.out, "sft")
-    parts = encode(this, rows, unusable, sources, config.validation)
+    parts = encode(this, found, config.validation)
     length, per_batch, seed = config.train.length, config.train.batch_rows, config.train.seed
     packed = Packed.build([item for part in parts for item in part.train], length, per_batch, seed)
     preflight.check_shares(packed.items)
@@ -71,37 +72,39 @@ def main(config: Config) -> int:
         return 0
     model = lora.trained(this.loaded.model, config.lora, sorted(this.template.id.values()), seed)
     programs, frozen = Programs(model.logprobs, losses.nll, layout=this.layout, total=model.total), this.layout.put(model.frozen)
-    meta = {"stage": "sft", "soul_hash": next((row["soul_hash"] for found in rows for row in found if row["soul_hash"]), "")}
+    meta = {"stage": "sft", "soul_hash": next((row["soul_hash"] for _, rows, _ in found for row in rows if row["soul_hash"]), "")}
     warm = warm_start(this, config, steps) if config.warm_start == "auto" and not config.lora else {}
     more = ({"lora": config.lora} if config.lora else {}) | ({"warm_start": config.init_lr_frac} if warm else {})
-    return train(this.job(
+    code = train(this.job(
         packed, programs, packed.batch, more, meta | more, params=model.params, frozen=frozen, merge=model.merge,
-        evals=evals(this, programs, frozen, parts, packed.supervised, steps, config.validation),
-        after=lambda params: write_samples(this, params, parts), **warm))  # fmt: skip
+        evals=evals(this, programs, frozen, parts, packed.supervised, steps, config.validation), **warm))  # fmt: skip
+    if code == 0 and not (this.directory / "samples.md").exists():
+        write_samples(load_model(this.directory, compute=config.train.compute), this.template, length, parts)
+    return code
 
 
-def read(config: Config):
-    """Rows of every source, how many of each could not be used and why, and the sources."""
+def read(config: Config) -> list[tuple[Source, list[dict], Counter]]:
+    """Every source, its rows, and how many of it could not be used and why."""
     if config.mixture and config.data:
         raise UserError("--data and --mixture are two ways to say the same", fix="Give one of them.")
     paths = config.data or (config.out / "data" / "sft.parquet",)
     sources = mixture.read_mixture(config.mixture) if config.mixture else [Source(str(path)) for path in paths]
-    found = [mixture.conversations(source) for source in sources]
-    if not any(rows for rows, _ in found):
+    found = [(source, *mixture.conversations(source)) for source in sources]
+    if not any(rows for _, rows, _ in found):
         raise UserError("no rows to train on", where=", ".join(source.data for source in sources))
-    return [rows for rows, _ in found], [counts for _, counts in found], sources
+    return found
 
 
-def encode(this: Setup, rows: Sequence[list[dict]], unusable: Sequence, sources: Sequence[Source], share: float) -> list[Part]:
+def encode(this: Setup, found: Sequence[tuple[Source, list[dict], Counter]], share: float) -> list[Part]:
     """Every row as tokens, checked, and the sources' parts. Raises UserError for a row that must not be trained on."""
-    encoded = []
-    for found in rows:
-        preflight.check_rows(this.template, found)
-        encoded.append([example(this.template, row["messages"], row["id"]) for row in found])
-        for item in encoded[-1]:
+    encoded, config = [], this.config
+    for source, rows, unusable in found:
+        preflight.check_rows(this.template, rows)
+        items = [example(this.template, row["messages"], row["id"]) for row in rows]
+        for item in items:
             preflight.check_example(this.template, item, this.vocab_size)
-    config = this.config
-    return mixture.build(sources, encoded, unusable, config.length, share, config.length * config.batch_rows, config.seed)
+        encoded.append((source, items, unusable))
+    return mixture.build(encoded, config.length, share, config.length * config.batch_rows, config.seed)
 
 
 def warm_start(this: Setup, config: Config, steps: int) -> dict:
@@ -147,19 +150,17 @@ def evals(this: Setup, programs: Programs, frozen, parts: Sequence[Part], superv
     return (Eval(run, -(-steps // EVALS)),) if blocks else ()
 
 
-def write_samples(this: Setup, params, parts: Sequence[Part]) -> None:
+def write_samples(loaded: Loaded, template: Template, length: int, parts: Sequence[Part]) -> None:
     """Continue a few prompts, held out where there are any, greedily: to the terminal and OUT/sft/samples.md."""
-    template, held_out = this.template, any(part.held_out for part in parts)
+    held_out = any(part.held_out for part in parts)
     rounds = zip_longest(*(part.held_out if held_out else part.train for part in parts))
     items: list[Example] = [item for item in chain.from_iterable(rounds) if item][:SAMPLES]
-    starts = [int(item.mask.argmax()) for item in items]
-    sampler = Sampler(nnx.merge(nnx.graphdef(this.loaded.model), params), this.loaded.tokenizer, max_len=this.config.length + SAMPLE_TOKENS)
-    made = sampler.generate(
-        [item.ids[:n].tolist() for item, n in zip(items, starts, strict=True)], max_new=SAMPLE_TOKENS, stop_ids=template.stop_ids
-    )
+    prompts = [item.ids[: int(item.mask.argmax())].tolist() for item in items]
+    sampler = Sampler(loaded.model, loaded.tokenizer, max_len=length + SAMPLE_TOKENS)
+    made = sampler.generate(prompts, max_new=SAMPLE_TOKENS, stop_ids=template.stop_ids)
     text = f"# {'Held-out' if held_out else 'Training'} prompts, continued greedily for at most {SAMPLE_TOKENS} tokens\n"
-    for item, start, completion in zip(items, starts, made, strict=True):
-        prompt, reply = (preflight.spelled(template, ids) for ids in (item.ids[:start].tolist(), completion.ids))
+    for item, ids, completion in zip(items, prompts, made, strict=True):
+        prompt, reply = preflight.spelled(template, ids), preflight.spelled(template, completion.ids)
         console.print(plain(prompt[-240:], "dim"), plain(reply, "green"), sep="")
         text += f"\n## Row {item.row}\n\n" + indent(prompt, "    ") + "\n\nbecomes\n\n" + indent(reply, "    ") + "\n"
-    write_atomic(this.directory / "samples.md", text)
+    write_atomic(loaded.path / "samples.md", text)

@@ -6,9 +6,7 @@ everything, and every machine agrees on it.
 """
 
 import ast
-import gzip
 import hashlib
-import json
 import sysconfig
 import warnings
 from collections import Counter
@@ -20,12 +18,12 @@ from pathlib import Path
 
 from soul.errors import UserError
 from soul.files import disk_error
+from soul.records import file_rows, hub_rows
 
 TEXT, ROWS = (".txt", ".md", ".rst", ".py"), (".jsonl", ".ndjson", ".jsonl.gz", ".parquet")
 COLUMNS = ("text", "content")
 SPLITS = ("train", "validation", "valid", "test")
 PERMISSIVE = ("mit", "apache-2.0", "bsd-2-clause", "bsd-3-clause", "isc", "unlicense", "cc0-1.0")
-LONGEST_ROW = 1 << 26  # bytes of one line of JSON
 PIECE = 1 << 15  # characters of a document, when a source is one text file
 HELD_OUT, SMALL, VALIDATION_BYTES = 32, 128, 2_000_000  # one document in 32; a source of fewer than 128; held-out bytes of a source
 DEFAULT = ("python-docs", "python-code")
@@ -58,6 +56,11 @@ class Source:
     weight: float | None = None
     column: str | None = None
 
+    @property
+    def place(self) -> str:
+        """The spec, or what it stands for where it is a preset."""
+        return PRESETS[self.spec][0] if self.spec in PRESETS else self.spec
+
 
 def parse_sources(specs: Sequence[str], column: str | None = None) -> list[Source]:
     """Sources of `PRESET|hf:…|PATH[=WEIGHT]`. Raises UserError for what is unknown or missing, and when only some are weighed."""
@@ -86,10 +89,6 @@ def _source(spec: str, column: str | None) -> Source:
     if not Path(place).exists():
         raise UserError("no such file or source", where=place, fix=f"Give a file, a folder, hf:NAME or one of {', '.join(PRESETS)}.")
     return Source(Path(place).resolve().name.partition(".")[0] or "data", place, "not stated", weight, column)
-
-
-def is_local(source: Source) -> bool:
-    return not PRESETS.get(source.name, (source.spec,))[0].startswith("hf:")
 
 
 def mixture(sources: Sequence[Source], limit: int, counts: Counter) -> Iterator[Document]:
@@ -154,14 +153,18 @@ def _usable(source: Source, counts: Counter) -> Iterator[Document]:
 
 def _texts(source: Source) -> Iterator[tuple[str, object]]:
     """(id, text) of everything in the source; an empty id stands for the hash of the text."""
-    spec, root = PRESETS[source.name][0] if source.spec in PRESETS else source.spec, Path(source.spec)
+    root = Path(source.spec)
+    columns = [source.column] if source.column else COLUMNS
     if source.spec == "python-code":
         yield from ((name, _decoded(path)) for name, path in _standard_library())
     elif source.spec == "python-docs":
         yield from _python_docs()
-    elif spec.startswith("hf:"):
-        columns = (source.column or spec.partition("@")[2],)
-        yield from (("", _cell(row, columns if columns[0] else COLUMNS, source.name == "code")) for row in _hugging_face(spec[3:]))
+    elif source.place.startswith("hf:"):
+        place, _, column = source.place.removeprefix("hf:").partition("@")
+        columns = [column] if column and not source.column else columns
+        name, *parts = place.split(":")  # a lone part is a split when it is called like one
+        split = parts.pop() if parts and (len(parts) == 2 or parts[0].partition("[")[0] in SPLITS) else "train"
+        yield from (("", _cell(row, columns, source.spec == "code")) for _, row in hub_rows(name, *parts, split=split, where=source.place))
     elif root.is_file() and root.name.endswith(TEXT):
         text = _decoded(root)
         yield from ((f"{root.name}#{at}", text[at : at + PIECE]) for at in range(0, len(text), PIECE))
@@ -170,8 +173,10 @@ def _texts(source: Source) -> Iterator[tuple[str, object]]:
         if not files:
             raise UserError(f"{'holds' if root.is_dir() else 'is'} none of {', '.join(TEXT + ROWS)}", where=root)
         for name, path in files:
-            columns = (source.column,) if source.column else COLUMNS
-            yield from [(name, _decoded(path))] if path.name.endswith(TEXT) else (("", text) for text in _column(path, columns))
+            if path.name.endswith(TEXT):
+                yield name, _decoded(path)
+            else:
+                yield from (("", _cell(row, columns)) for _, row in file_rows(path, columns))
 
 
 def _files(root: Path, endings: tuple[str, ...], without: Sequence[str] = ()) -> list[tuple[str, Path]]:
@@ -193,49 +198,6 @@ def _cell(row: object, columns: Sequence[str], permissive: bool = False) -> obje
     if not isinstance(row, dict) or (permissive and row.get("license") not in PERMISSIVE):
         return None
     return next((row[column] for column in columns if row.get(column) is not None), None)
-
-
-def _column(path: Path, columns: Sequence[str]) -> Iterator[object]:
-    """The first of `columns` that a row has, of each row of a .jsonl(.gz) or .parquet file. Raises UserError naming file and line."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    where = str(path)
-    try:
-        if path.suffix == ".parquet":
-            with pq.ParquetFile(path) as file:
-                wanted = [name for name in columns if name in file.schema_arrow.names]
-                for batch in file.iter_batches(batch_size=256, columns=wanted):
-                    yield from (_cell(row, wanted) for row in batch.to_pylist())
-            return
-        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
-            number = 0
-            while line := file.readline(LONGEST_ROW):
-                number += 1
-                where = f"{path}:{number}"
-                if line.strip():
-                    yield _cell(json.loads(line), columns)
-    except (gzip.BadGzipFile, EOFError, pa.ArrowException) as error:
-        raise UserError(f"is damaged ({str(error).splitlines()[0][:80]})", where=path) from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"is not JSON: {getattr(error, 'msg', error)}", where=where) from None
-    except OSError as error:
-        raise disk_error(error, path) from error
-
-
-def _hugging_face(spec: str) -> Iterator[object]:
-    """Rows of `NAME[:CONFIG][:SPLIT][@COLUMN]`, streamed; a lone part is a split when it is called like one."""
-    import datasets
-
-    name, *parts = spec.partition("@")[0].split(":")
-    split = parts.pop() if parts and (len(parts) == 2 or parts[0].partition("[")[0] in SPLITS) else "train"
-    try:
-        yield from datasets.load_dataset(name, *parts, split=split, streaming=True)
-    except Exception as error:  # the library raises of its own, of the network's and of each format's kind
-        why = str(error).strip().split("\n")[0][:160] or type(error).__name__
-        raise UserError(
-            f"cannot be read: {why}", where=f"hf:{spec}", fix="Local .parquet or .jsonl files work without a network."
-        ) from None
 
 
 # --- what a Python installation brings along

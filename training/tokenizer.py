@@ -5,7 +5,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import tyro
@@ -89,9 +89,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
     least = 256 + len(SPECIAL_TOKENS)
     if vocab_size < least:
-        raise UserError(
-            f"a vocabulary of {vocab_size} is too small", where="--vocab-size", fix=f"256 bytes and control tokens need {least}."
-        )
+        fix = f"256 bytes and control tokens need {least}."
+        raise UserError(f"a vocabulary of {vocab_size} is too small", where="--vocab-size", fix=fix)
     core = Core(models.BPE())
     level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     core.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(SPLIT), "isolated"), level])
@@ -114,7 +113,7 @@ def load_tokenizer(place: str | Path) -> Tokenizer:
     from model.load import find
 
     path = find(place)
-    return adopt(read_gguf(path).tokenizer if path.suffix == ".gguf" else Tokenizer.load(path))
+    return adopt(read_gguf(path)[1] if path.suffix == ".gguf" else Tokenizer.load(path))
 
 
 def tokenizer_hash(tokenizer: Tokenizer) -> str:
@@ -152,9 +151,8 @@ def conversation_texts(rows: Sequence[dict]) -> list[str]:
     """What a tokenizer sees of conversations: contents, tool names, keys and values, each on its own, without control tokens."""
     messages = [m for row in rows for key in ("messages", "prompt", "chosen") for m in row.get(key) or ()]
     calls = [(name, args) for m in messages for name, args in c.named_calls(m)]
-    return [
-        text for text in (*(m["content"] for m in messages), *(t for name, args in calls for t in (name, *args, *args.values()))) if text
-    ]
+    texts = [m["content"] for m in messages] + [text for name, args in calls for text in (name, *args, *args.values())]
+    return [text for text in texts if text]
 
 
 def compression(encoders: dict[str, Callable[[list[str]], list[list[int]]]], texts: dict[str, list[str]]) -> Table:
@@ -167,12 +165,13 @@ def compression(encoders: dict[str, Callable[[list[str]], list[list[int]]]], tex
     return table
 
 
-def up_to(texts: Iterable[str], size: int) -> Iterator[str]:
-    for text in texts:
+def up_to(items: Iterable, size: int, weigh: Callable[[Any], int] = lambda text: len(text.encode())) -> Iterator:
+    """The first items, up to the one with which they weigh so much."""
+    for item in items:
+        yield item
+        size -= weigh(item)
         if size <= 0:
             return
-        size -= len(text.encode())
-        yield text
 
 
 def peers() -> dict[str, Callable[[list[str]], list[list[int]]]]:

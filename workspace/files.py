@@ -10,7 +10,6 @@ import os
 import re
 import secrets
 import stat
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate
@@ -140,35 +139,27 @@ def edit(root: Path, seen: dict[Path, str], args: dict[str, str]) -> str:
     """The Edit tool: apply the change atomically; the new content counts as read."""
     change = plan_edit(root, seen, args)
 
-    def check() -> None:
-        if plan_edit(root, seen, args) != change:  # swapped or written to meanwhile
-            raise ToolError(f"{relative(root, change.real)} changed since it was read; read it again")
-
+    name, temporary = relative(root, change.real), f".{secrets.token_hex(8)}.tmp"
     try:
         with folder_of(root, change.real, create=True) as folder:
-            _write(change, folder, check)
+            try:
+                handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666, dir_fd=folder)
+                with open(handle, "wb") as file:
+                    file.write(change.after)
+                    file.flush()
+                    if change.mode is not None:
+                        os.fchmod(handle, change.mode)
+                    os.fsync(handle)
+                if plan_edit(root, seen, args) != change:  # swapped or written to meanwhile
+                    raise ToolError(f"{name} changed since it was read; read it again")
+                os.replace(temporary, change.real.name, src_dir_fd=folder, dst_dir_fd=folder)
+            finally:
+                with suppress(FileNotFoundError):
+                    os.unlink(temporary, dir_fd=folder)
     except OSError as error:
-        raise ToolError(f"{relative(root, change.real)} cannot be written: {disk_error(error, change.real).what}") from None
+        raise ToolError(f"{name} cannot be written: {disk_error(error, change.real).what}") from None
     seen[change.real] = digest(change.after)
     return change.result
-
-
-def _write(change: Change, folder: int, check: Callable) -> None:
-    """Put the new content in the file's place, in one step."""
-    temporary = f".{secrets.token_hex(8)}.tmp"
-    try:
-        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666, dir_fd=folder)
-        with open(handle, "wb") as file:
-            file.write(change.after)
-            file.flush()
-            if change.mode is not None:
-                os.fchmod(handle, change.mode)
-            os.fsync(handle)
-        check()
-        os.replace(temporary, change.real.name, src_dir_fd=folder, dst_dir_fd=folder)
-    finally:
-        with suppress(FileNotFoundError):
-            os.unlink(temporary, dir_fd=folder)
 
 
 def plan_edit(root: Path, seen: dict[Path, str], args: dict[str, str]) -> Change:

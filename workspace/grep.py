@@ -47,7 +47,11 @@ def grep(root: Path, args: dict[str, str], budget: int) -> str:
     else:
         output = [line for name, lines, at in found for line in _groups(name, lines, at, before, after)]
         output = output[1:] if before or after else output  # every group opens with --, the first too
-    return _capped(output, budget) if output else "no matches found"
+    if not output:
+        return "no matches found"
+    kept = fitting(output[:MAX_OUTPUT_LINES], budget)
+    left = len(output) - len(kept)
+    return "\n".join([*kept, f"[{left} more lines; narrow the pattern or the path]"] if left else kept)
 
 
 def _texts(root: Path, top: Path) -> tuple[list[str], list[list[str]]]:
@@ -102,9 +106,3 @@ def _groups(name: str, lines: list[str], at: list[int], before: int, after: int)
             mark = ":" if number in matched else "-"
             yield f"{name}{mark}{number + 1}{mark}{clip_line(lines[number], SHOWN_LINE_CHARS)}"
             shown = number
-
-
-def _capped(output: list[str], budget: int) -> str:
-    kept = fitting(output[:MAX_OUTPUT_LINES], budget)
-    left = len(output) - len(kept)
-    return "\n".join([*kept, f"[{left} more lines; narrow the pattern or the path]"] if left else kept)

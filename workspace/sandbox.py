@@ -55,9 +55,17 @@ class Sandbox:
     why: str = ""
 
     @staticmethod
+    @cache
     def detect() -> "Sandbox":
         """The strongest that holds here; each is tried (about 0.1 s, once per process), never judged by a version."""
-        return _detect()
+        if sys.platform != "linux":
+            return Sandbox("none", why="only Linux has one")
+        faults = {}
+        for sandbox in (Sandbox("landlock", namespaces=True), Sandbox("landlock"), Sandbox("bubblewrap")):
+            if not (fault := sandbox.fault()):
+                return sandbox
+            faults[sandbox.kind] = fault
+        return Sandbox("none", why="; ".join(f"{kind}: {fault}" for kind, fault in faults.items()))
 
     def describe(self) -> str:
         """One line for people."""
@@ -102,18 +110,6 @@ class Sandbox:
                 return said.removeprefix("error ") or (output.strip().splitlines() or ["cannot start"])[-1]
             held = output.split() == ["refused"] * 2 and (root / "inside").exists() and not outside.exists()
             return "" if held else "does not confine"
-
-
-@cache
-def _detect() -> Sandbox:
-    if sys.platform != "linux":
-        return Sandbox("none", why="only Linux has one")
-    faults = {}
-    for sandbox in (Sandbox("landlock", namespaces=True), Sandbox("landlock"), Sandbox("bubblewrap")):
-        if not (fault := sandbox.fault()):
-            return sandbox
-        faults[sandbox.kind] = fault
-    return Sandbox("none", why="; ".join(f"{kind}: {fault}" for kind, fault in faults.items()))
 
 
 @cache

@@ -2,6 +2,7 @@
 
 A recipe asks with `await call(stage, messages, replicate=0, …)`, gets a Reply whatever happened, and returns what its row
 came to: "sft", "preference", "docs" and "rejected" rows. It keeps no state between rows, so any row can be computed again.
+The built-in ones are coroutines of a row's Workings and their options.
 """
 
 import importlib.util
@@ -13,6 +14,7 @@ from datagen.engine import Recipe
 from datagen.prompting import Prompts
 from datagen.recipes.best_of import BestOf, best_of
 from datagen.recipes.cai import Cai, cai
+from datagen.recipes.common import Workings
 from datagen.recipes.critique_revise import CritiqueRevise, critique_revise
 from datagen.recipes.distill import Distill, distill
 from datagen.recipes.docs import Docs, docs
@@ -23,7 +25,7 @@ from soul.files import canonical_json, sha256_file
 from soul.rows import KINDS, columns
 from soul.spec import Soul
 
-RECIPES: dict[str, tuple[type, Callable[..., Recipe]]] = {
+RECIPES: dict[str, tuple[type, Callable]] = {
     "critique-revise": (CritiqueRevise, critique_revise),
     "distill": (Distill, distill),
     "best-of": (BestOf, best_of),
@@ -36,16 +38,15 @@ RECIPES: dict[str, tuple[type, Callable[..., Recipe]]] = {
 def load(name_or_file: str, options: object, soul: Soul, prompts: Prompts) -> Recipe:
     """A built-in recipe, or the `recipe(seed, call, soul, prompts)` of a Python file, which is run: it is the person's own.
 
-    `options` are those of the built-in recipe (None: its defaults); a file has none.
-
-    Raises:
-        UserError: for an unknown name, or a file that is missing, broken or without such a coroutine. The recipe of a file
-            raises it, too, when it returns what is no row.
+    `options` are those of the built-in recipe (None: its defaults); a file has none. Raises UserError for an unknown name, or a
+    file that is missing, broken or without such a coroutine. The recipe of a file raises it, too, for what is no row.
     """
     name = name_or_file.replace("_", "-")
     if name in RECIPES:
-        cls, factory = RECIPES[name]
-        return factory(cls() if options is None else options, soul, prompts)
+        cls, made = RECIPES[name]
+        options = cls() if options is None else options
+        options.check(soul)
+        return lambda seed, call: made(Workings(soul, prompts, seed, call), options)
     if not name_or_file.endswith(".py"):
         raise UserError(f"no recipe {name_or_file!r}", fix=f"The recipes are {', '.join(RECIPES)}, or give a .py file.")
     own = _coroutine(Path(name_or_file))

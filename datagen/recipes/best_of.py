@@ -1,20 +1,15 @@
 """n answers to one request: the best against one that it beat. Checks decide first, the judge only between what they leave equal."""
 
 import asyncio
-from collections.abc import Callable
 from dataclasses import dataclass
 
-from datagen.critique import ask_judge
-from datagen.engine import Recipe
-from datagen.prompting import Prompts
-from datagen.recipes.common import Take, Workings
-from datagen.seeds import Seed
+from datagen.recipes.common import Options, Take, Workings, because
 from soul.errors import UserError
 from soul.spec import Soul
 
 
 @dataclass(frozen=True)
-class BestOf:
+class BestOf(Options):
     n: int = 4
     """Answers per request."""
     soul: bool = True
@@ -24,32 +19,30 @@ class BestOf:
     judge_tokens: int = 512
     """Longest verdict, in tokens."""
 
+    def check(self, soul: Soul) -> None:
+        if self.n < 2:
+            raise UserError("--best-of.n begins at 2")
+        if not (self.judge or soul.verified):
+            what = "no principle has a check, so without the judge nothing could choose"
+            raise UserError(what, where=soul.path, fix="Leave the judge on.")
 
-def best_of(options: BestOf, soul: Soul, prompts: Prompts) -> Recipe:
-    """The recipe for one SOUL: an sft row of the best answer, and a pair. Raises UserError when nothing could choose."""
-    if options.n < 2:
-        raise UserError("--best-of.n begins at 2")
-    if not (options.judge or soul.verified):
-        raise UserError("no principle has a check, so without the judge nothing could choose", where=soul.path, fix="Leave the judge on.")
 
-    async def recipe(seed: Seed, call: Callable) -> list:
-        work = Workings(soul, prompts, seed, call)
-        opening = work.opening(options.soul)
-        replies = await asyncio.gather(*(work.ask("sample", opening, replicate=number) for number in range(options.n)))
-        taken = [work.take(reply) for reply in replies]
-        takes = sorted((take for take, _ in taken if take), key=_faults)  # stable: equals stay in the order of their numbers
-        if not takes:
-            return work.rejected(f"sample: {taken[-1][1]}")
-        if takes[0].failed:
-            return work.rejected(work.failing(takes[0]), takes[0])
-        best, beaten = await _champion(work, options, [take for take in takes if _faults(take) == _faults(takes[0])])
-        worst = takes[-1]
-        if len(worst.broken) > len(best.broken) and worst.text != best.final:
-            return [work.sft(best), work.pair(best, worst.text, worst.broken)]
-        pair = [work.pair(best, beaten.final, set())] if beaten else work.no_pair(_why(work, takes))
-        return [work.sft(best), *pair]
-
-    return recipe
+async def best_of(work: Workings, options: BestOf) -> list:
+    """An sft row of the best answer, and a pair."""
+    opening = work.opening(options.soul)
+    replies = await asyncio.gather(*(work.ask("sample", opening, replicate=number) for number in range(options.n)))
+    taken = [work.take(reply) for reply in replies]
+    takes = sorted((take for take, _ in taken if take), key=_faults)  # stable: equals stay in the order of their numbers
+    if not takes:
+        return work.rejected(f"sample: {taken[-1][1]}")
+    if takes[0].failed:
+        return work.rejected(because(takes[0].failed), takes[0])
+    best, beaten = await _champion(work, options, [take for take in takes if _faults(take) == _faults(takes[0])])
+    worst = takes[-1]
+    if len(worst.broken) > len(best.broken) and worst.text != best.final:
+        return [work.sft(best), work.pair(best, worst.text, worst.broken)]
+    pair = [work.pair(best, beaten.final)] if beaten else work.no_pair(_why(work, takes))
+    return [work.sft(best), *pair]
 
 
 def _faults(take: Take) -> tuple[int, int]:
@@ -60,11 +53,7 @@ async def _champion(work: Workings, options: BestOf, equals: list[Take]) -> tupl
     """The answer that no later one beat, and the last one that it won against; a tie or a disagreement moves nothing."""
     best, beaten = equals[0], None
     for challenger in equals[1:] if options.judge else ():
-        winner, why, steps = await ask_judge(
-            work.call, work.prompts, max_tokens=options.judge_tokens, replies=(best.final, challenger.final), soul=work.soul.text,
-            request=work.request,
-        )  # fmt: skip
-        work.trail += steps
+        winner, why = await work.judge(best.final, challenger.final, max_tokens=options.judge_tokens)
         if winner is None:
             work.note("undecided", why)
         else:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from datagen.critique import recites, refuses
+from datagen.critique import ask_judge, recites, refuses
 from datagen.engine import Reply
 from datagen.prompting import Prompts
 from datagen.seeds import Seed
@@ -11,7 +11,7 @@ from soul import conversation
 from soul.spec import Soul, check_table, repair
 
 
-@dataclass(frozen=True)
+@dataclass
 class Take:
     """One reply: `text` as the teacher wrote it, `final` after repairs, each with its table of checks."""
 
@@ -24,19 +24,24 @@ class Take:
     @property
     def broken(self) -> set[str]:
         """Principles that the text as written breaks."""
-        return {check["principle"] for check in self.raw_checks if not check["ok"]}
+        return failing(self.raw_checks)
 
     @property
     def failed(self) -> set[str]:
         """Principles that are still broken after repairs."""
-        return {check["principle"] for check in self.checks if not check["ok"]}
+        return failing(self.checks)
+
+
+class Options:
+    """What a recipe can be told: the base of frozen dataclasses, whose field docstrings are the --help."""
+
+    def check(self, soul: Soul) -> None:
+        """Raises UserError for options with which nothing could be made."""
 
 
 class Workings:
-    """One row in the making: the request, the calls made for it, and rows with the columns that all of them have.
-
-    The SOUL is in prompts only, so no row ever has it: context at generation, absent in training.
-    """
+    """One row in the making: the request, the calls made for it, and rows with the columns that all of them have. The SOUL is
+    in prompts only, so no row ever has it: context at generation, absent in training."""
 
     def __init__(self, soul: Soul, prompts: Prompts, seed: Seed, call: Callable):
         self.soul, self.prompts, self.seed, self.call = soul, prompts, seed, call
@@ -44,6 +49,10 @@ class Workings:
         self.request = transcript(self.history)
         self.principles = {principle.id: principle for principle in soul.principles}
         self.trail: list[dict] = []
+
+    def fresh(self) -> "Workings":
+        """For another row of the same seed, with a trail of its own."""
+        return Workings(self.soul, self.prompts, self.seed, self.call)
 
     async def ask(self, stage: str, messages: list[dict], **sampling) -> Reply:
         """The reply, with its step in the trail: in the order of asking, since that of answering changes from run to run."""
@@ -56,6 +65,13 @@ class Workings:
     def opening(self, with_soul: bool) -> list[dict]:
         """The conversation as a drafter sees it, with the SOUL before it or not."""
         return joined(self.prompts.render("generate", soul=self.soul.text if with_soul else ""), self.history)
+
+    async def judge(self, *replies: str, max_tokens: int) -> tuple[int | None, str]:
+        """Which of two replies is closer to the SOUL: (0 or 1, ""), or (None, why not)."""
+        told = {"soul": self.soul.text, "request": self.request}
+        winner, why, steps = await ask_judge(self.call, self.prompts, max_tokens=max_tokens, replies=replies, **told)
+        self.trail += steps
+        return winner, why
 
     def fault(self, reply: Reply) -> str:
         """Why the reply is no answer, "" when it is one."""
@@ -81,20 +97,16 @@ class Workings:
         return head | {"accepted": True, "reason": ""} | columns
 
     def sft(self, take: Take) -> list:
-        if take.repaired:  # noted for what is kept only: the card counts it
-            self.note("repair", ", ".join(take.repaired))
+        self.note_repair(take.repaired)  # for what is kept only: the card counts it
         return ["sft", self.row(take.broken, messages=self.said(take.final), checks=take.checks)]
 
-    def pair(self, chosen: Take, rejected: str, principles: set[str]) -> list:
+    def pair(self, chosen: Take, rejected: str, principles: set[str] = frozenset()) -> list:
         sides = {"chosen": [conversation.assistant(chosen.final)], "rejected": [conversation.assistant(rejected)]}
         return ["preference", self.row(principles, prompt=self.history, **sides, checks=chosen.checks)]
 
-    def rejected(self, reason: str, take: Take | None = None) -> list:
+    def rejected(self, reason: str, take: Take | None = None, principles: set[str] = frozenset(), **columns) -> list:
         said, checks = (self.said(take.final), take.checks) if take else (self.history, [])
-        return [["rejected", self.row(messages=said, checks=checks, accepted=False, reason=reason)]]
-
-    def failing(self, take: Take) -> str:
-        return f"checks: {', '.join(sorted(take.failed))}"
+        return [["rejected", self.row(principles, messages=said, checks=checks, accepted=False, reason=reason, **columns)]]
 
     def no_pair(self, why: str) -> list:
         """No row, and a step in the trail that the card counts."""
@@ -106,6 +118,20 @@ class Workings:
 
     def note(self, stage: str, text: str, key: str = "") -> None:
         self.trail.append({"stage": stage, "text": text, "key": key})
+
+    def note_repair(self, principles: list[str]) -> None:
+        if principles:
+            self.note("repair", ", ".join(principles))
+
+
+def failing(checks: list[dict]) -> set[str]:
+    """The principles that a table of checks says are broken."""
+    return {check["principle"] for check in checks if not check["ok"]}
+
+
+def because(principles: set[str]) -> str:
+    """Why a row that breaks `principles` is not kept; "" when it breaks none."""
+    return f"checks: {', '.join(sorted(principles))}" if principles else ""
 
 
 def joined(prompt: list[dict], history: list[dict]) -> list[dict]:

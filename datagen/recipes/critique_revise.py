@@ -7,21 +7,17 @@ request with the same content, so a pair differs in what the SOUL asks for and i
 
 import asyncio
 import random
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
 from datagen.critique import Finding, ask_critic, gives_itself_away, refuses, strays
-from datagen.engine import Recipe
-from datagen.prompting import Prompts
-from datagen.recipes.common import Workings
-from datagen.seeds import Seed
+from datagen.recipes.common import Options, Take, Workings
 from soul.errors import UserError
-from soul.spec import Soul, check_table, repair
+from soul.spec import Soul
 
 
 @dataclass(frozen=True)
-class CritiqueRevise:
+class CritiqueRevise(Options):
     rounds: int = 2
     """Revisions at most; a reply without faults is not revised."""
     principles: int = 0
@@ -42,62 +38,49 @@ class CritiqueRevise:
     seed: int = 0
     """Seed of the draws of principles."""
 
+    def check(self, soul: Soul) -> None:
+        if self.critic == "checks" and not soul.verified:
+            what = "no principle has a check, so with --critique-revise.critic checks nothing would be verified"
+            raise UserError(what, where=soul.path, fix="Use --critique-revise.critic teacher.")
+
 
 @dataclass
-class Version:
-    """One wording of the reply: `text` as the teacher wrote it, `final` after repairs, each with its table of checks."""
+class Version(Take):
+    """One wording of the reply, and what is wrong with it."""
 
-    text: str
-    final: str
-    raw_checks: list[dict]
-    checks: list[dict]
-    cut: bool  # at max_tokens: never exported as an answer, nor half of a pair
+    cut: bool = False  # at max_tokens: never exported as an answer, nor half of a pair
     findings: list[Finding] = field(default_factory=list)
     judged: bool | None = None  # None: not yet; False: the critique was unreadable
 
     @property
-    def failed(self) -> list[dict]:
+    def violations(self) -> list[dict]:
         """The first violation of each check that `final` fails."""
         first = {(check["principle"], check["check"]): check for check in reversed(self.checks) if not check["ok"]}
         return list(reversed(first.values()))
 
     @property
     def faults(self) -> int:
-        return len(self.failed) + len(self.findings) + self.cut
+        return len(self.violations) + len(self.findings) + self.cut
 
     @property
     def broken(self) -> set[str]:
         """Principles that the text as written breaks, by check or critic."""
-        return {check["principle"] for check in self.raw_checks if not check["ok"]} | {finding.principle for finding in self.findings}
+        return super().broken | {finding.principle for finding in self.findings}
 
     def why_not(self) -> str:
         if self.cut:
             return "draft: truncated"
-        names = {"checks": [check["principle"] for check in self.failed], "critic": [finding.principle for finding in self.findings]}
-        return next((f"{who}: {', '.join(sorted(set(found)))}" for who, found in names.items() if found), "critique: unreadable")
+        names = {"checks": self.failed, "critic": {finding.principle for finding in self.findings}}
+        return next((f"{who}: {', '.join(sorted(found))}" for who, found in names.items() if found), "critique: unreadable")
 
 
-def critique_revise(options: CritiqueRevise, soul: Soul, prompts: Prompts) -> Recipe:
-    """The recipe for one SOUL.
-
-    Raises:
-        UserError: when neither a check nor the critic could find a fault.
-    """
-    if options.critic == "checks" and not soul.verified:
-        fix = "Use --critique-revise.critic teacher."
-        raise UserError(
-            "no principle has a check, so with --critique-revise.critic checks nothing would be verified", where=soul.path, fix=fix
-        )
-
-    async def recipe(seed: Seed, call: Callable) -> list:
-        return await _Row(options, soul, prompts, seed, call).run()
-
-    return recipe
+async def critique_revise(work: Workings, options: CritiqueRevise) -> list:
+    return await _Row(work, options).run()
 
 
 class _Row(Workings):
-    def __init__(self, options: CritiqueRevise, soul: Soul, prompts: Prompts, seed: Seed, call: Callable):
-        super().__init__(soul, prompts, seed, call)
+    def __init__(self, work: Workings, options: CritiqueRevise):
+        super().__init__(work.soul, work.prompts, work.seed, work.call)
         self.options, self.drafted = options, ""
 
     async def run(self) -> list:
@@ -138,11 +121,9 @@ class _Row(Workings):
         return drafts, why
 
     def version(self, text: str, cut: bool = False) -> Version:
-        before = self.said(text.strip())
-        after, repaired = repair(self.soul, before)
-        if repaired:
-            self.note("repair", ", ".join(repaired))
-        return Version(text.strip(), after[-1]["content"], check_table(self.soul, before), check_table(self.soul, after), cut)
+        version = Version(**vars(self.checked(text.strip())), cut=cut)
+        self.note_repair(version.repaired)
+        return version
 
     async def critique(self, version: Version, number: int) -> None:
         if self.options.critic == "checks" or version.judged is not None or version.cut:
@@ -152,7 +133,7 @@ class _Row(Workings):
             chosen = random.Random(f"{self.options.seed}:{self.seed.id}:{number}").sample(chosen, self.options.principles)
         findings, step = await ask_critic(
             self.call, self.prompts, max_tokens=self.options.critic_tokens, soul=self.soul.text, request=self.request, reply=version.final,
-            known=[{"principle": check["principle"], "why": check["why"]} for check in version.failed], principles=chosen,
+            known=[{"principle": check["principle"], "why": check["why"]} for check in version.violations], principles=chosen,
         )  # fmt: skip
         version.findings, version.judged = findings or [], findings is not None
         self.trail.append(step)
@@ -171,7 +152,7 @@ class _Row(Workings):
     def told(self, version: Version) -> list[dict]:
         """The faults of a version as the reviser reads them: what checks found, what the critic found, and a cut."""
         faults = [{"principle": "the reply must be whole", "quote": "", "why": "it is too long and was cut off"}] if version.cut else []
-        for check in version.failed:
+        for check in version.violations:
             quote = version.final[check["start"] : check["end"]] if check["end"] - check["start"] <= 80 else ""
             faults.append({"principle": self.principles[check["principle"]].text, "quote": quote, "why": check["why"]})
         return faults + [{"principle": self.principles[f.principle].text, "quote": f.quote, "why": f.why} for f in version.findings]
@@ -183,8 +164,7 @@ class _Row(Workings):
         if self.options.keep == "all":
             kept = [version for version in versions if self.clean(version) or (version is not versions[0] and not version.failed)]
         if not kept:
-            verdict = {"accepted": False, "reason": last.why_not()}
-            return [["rejected", self.row(broken_by(versions), messages=self.said(last.final), checks=last.checks, **verdict)]]
+            return self.rejected(last.why_not(), last, broken_by(versions))
         rows = []
         for number, version in enumerate(kept):
             name = self.seed.id + f"-{number}" * (len(kept) > 1)

@@ -6,14 +6,11 @@ carries further than rules. Rows are plain `text`; the plan asks for particular 
 
 import asyncio
 import random
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from datagen.critique import LIST_SCHEMA, Unreadable, parse_list
-from datagen.engine import Recipe
-from datagen.prompting import Prompts
-from datagen.recipes.common import Workings
-from datagen.seeds import Seed, aims
+from datagen.recipes.common import Options, Workings
+from datagen.seeds import aims
 from soul.errors import UserError
 from soul.spec import Soul
 
@@ -21,7 +18,7 @@ TYPES = ("blog post", "forum thread", "design memo", "interview", "textbook sect
 
 
 @dataclass(frozen=True)
-class Docs:
+class Docs(Options):
     types: int = 3
     """Types of document per domain, drawn by seed."""
     ideas: int = 2
@@ -35,21 +32,19 @@ class Docs:
     seed: int = 0
     """Seed of the draws."""
 
+    def check(self, soul: Soul) -> None:
+        if not 1 <= self.types <= len(TYPES) or self.ideas < 1:
+            raise UserError(f"--docs.types lies between 1 and {len(TYPES)}, and --docs.ideas begins at 1")
 
-def docs(options: Docs, soul: Soul, prompts: Prompts) -> Recipe:
-    """The recipe for one SOUL; a document is kept when it is whole, long enough and names the agent."""
-    if not 1 <= options.types <= len(TYPES) or options.ideas < 1:
-        raise UserError(f"--docs.types lies between 1 and {len(TYPES)}, and --docs.ideas begins at 1")
 
-    async def recipe(seed: Seed, call: Callable) -> list:
-        rng = random.Random(f"{options.seed}:{seed.id}")
-        types = rng.sample(TYPES, options.types)
-        ids = [principle.id for principle in soul.principles]
-        drawn = [name for name in aims(seed.source) if name in ids] or rng.sample(ids, min(options.principles, len(ids)))
-        rows = await asyncio.gather(*(_plan(Workings(soul, prompts, seed, call), options, type_, drawn) for type_ in types))
-        return [row for some in rows for row in some]
-
-    return recipe
+async def docs(work: Workings, options: Docs) -> list:
+    """A row for each document; it is kept when it is whole, long enough and names the agent."""
+    rng = random.Random(f"{options.seed}:{work.seed.id}")
+    types = rng.sample(TYPES, options.types)
+    ids = list(work.principles)
+    drawn = [name for name in aims(work.seed.source) if name in ids] or rng.sample(ids, min(options.principles, len(ids)))
+    rows = await asyncio.gather(*(_plan(work.fresh(), options, type_, drawn) for type_ in types))
+    return [row for some in rows for row in some]
 
 
 async def _plan(work: Workings, options: Docs, type_: str, drawn: list[str]) -> list:
@@ -61,8 +56,7 @@ async def _plan(work: Workings, options: Docs, type_: str, drawn: list[str]) -> 
     try:
         ideas = parse_list(reply.text)[: options.ideas]
     except Unreadable:
-        [[kind, row]] = work.rejected("ideas: unreadable" if reply.ok else f"ideas: {reply.outcome}")
-        return [[kind, row | {"id": f"{work.seed.id}-{name}"}]]
+        return work.rejected(f"ideas: {'unreadable' if reply.ok else reply.outcome}", id=f"{work.seed.id}-{name}")
     jobs = [_document(work, options, told, idea, f"{work.seed.id}-{name}-{number}", set(drawn)) for number, idea in enumerate(ideas)]
     return list(await asyncio.gather(*jobs))
 

@@ -4,13 +4,9 @@ Seeds are topics ("when a test fails", "being asked to hurry"). The rows keep th
 """
 
 import asyncio
-from collections.abc import Callable
 from dataclasses import dataclass
 
-from datagen.engine import Recipe
-from datagen.prompting import Prompts
-from datagen.recipes.common import Workings
-from datagen.seeds import Seed
+from datagen.recipes.common import Options, Workings, because, failing
 from soul import conversation
 from soul.errors import UserError
 from soul.spec import Soul, check_table, repair
@@ -19,30 +15,29 @@ SWAPPED = {"user": "assistant", "assistant": "user"}
 
 
 @dataclass(frozen=True)
-class Introspect:
+class Introspect(Options):
     reflections: int = 3
     """Questions about itself per topic, each one row."""
     turns: int = 5
     """Turns of a talk between two instances, one row seen from the first; 0 = none."""
 
+    def check(self, soul: Soul) -> None:
+        if self.reflections + self.turns < 1:
+            raise UserError("with no reflections and no turns there is nothing to make")
 
-def introspect(options: Introspect, soul: Soul, prompts: Prompts) -> Recipe:
-    """The recipe for one SOUL: sft rows `ID-r0`, `ID-r1`, … and `ID-talk`. Raises UserError when nothing is asked for."""
-    if options.reflections + options.turns < 1:
-        raise UserError("with no reflections and no turns there is nothing to make")
 
-    async def recipe(seed: Seed, call: Callable) -> list:
-        async def reflect(number: int) -> list:
-            work = Workings(soul, prompts, seed, call)
-            told, question = prompts.render("reflect", soul=soul.text, topic=work.request, number=number)
-            reply = await work.ask("reflect", [told, question], replicate=number)
-            why = work.fault(reply)
-            return _row(work, f"r{number}", [question] if why else [question, conversation.assistant(reply.text.strip())], why)
+async def introspect(work: Workings, options: Introspect) -> list:
+    """Sft rows `ID-r0`, `ID-r1`, … and `ID-talk`."""
+    jobs = [_reflect(work.fresh(), number) for number in range(options.reflections)]
+    jobs += [_talk(work.fresh(), options.turns)] if options.turns else []
+    return list(await asyncio.gather(*jobs))
 
-        jobs = [reflect(number) for number in range(options.reflections)]
-        return list(await asyncio.gather(*jobs, *([_talk(Workings(soul, prompts, seed, call), options.turns)] if options.turns else [])))
 
-    return recipe
+async def _reflect(work: Workings, number: int) -> list:
+    told, question = work.prompts.render("reflect", soul=work.soul.text, topic=work.request, number=number)
+    reply = await work.ask("reflect", [told, question], replicate=number)
+    why = work.fault(reply)
+    return _row(work, f"r{number}", [question] if why else [question, conversation.assistant(reply.text.strip())], why)
 
 
 async def _talk(work: Workings, turns: int) -> list:
@@ -62,12 +57,10 @@ async def _talk(work: Workings, turns: int) -> list:
 
 
 def _row(work: Workings, name: str, messages: list[dict], why: str) -> list:
-    before, (messages, repaired) = messages, repair(work.soul, messages)
-    if repaired:
-        work.note("repair", ", ".join(repaired))
+    touched = failing(check_table(work.soul, messages))
+    messages, repaired = repair(work.soul, messages)
+    work.note_repair(repaired)
     checks = [] if why else check_table(work.soul, messages)
-    failed = sorted({check["principle"] for check in checks if not check["ok"]})
-    reason = f"{name.rstrip('0123456789')}: {why}" if why else f"checks: {', '.join(failed)}" if failed else ""
-    touched = {check["principle"] for check in check_table(work.soul, before) if not check["ok"]}
+    reason = f"{name.rstrip('0123456789')}: {why}" if why else because(failing(checks))
     columns = {"id": f"{work.seed.id}-{name}", "messages": messages, "checks": checks, "accepted": not reason, "reason": reason}
     return ["rejected" if reason else "sft", work.row(touched, **columns)]

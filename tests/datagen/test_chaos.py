@@ -14,7 +14,8 @@ from datagen.critique import CRITIQUE_SCHEMA, parse_critique
 from datagen.engine import Engine, Policy
 from datagen.journal import Journal
 from datagen.prompting import Prompts
-from datagen.recipes.critique_revise import CritiqueRevise, critique_revise
+from datagen.recipes import load
+from datagen.recipes.critique_revise import CritiqueRevise
 from datagen.seeds import Seed
 from datagen.teachers import HttpTeacher, Provider
 from soul.errors import UserError
@@ -253,7 +254,7 @@ def dataset(folder, config):
                     teacher, journal, "run", {"temperature": 1.0, "top_p": 1.0, "max_tokens": 256}, policy, clock=clock, sleep=clock.sleep
                 )
                 sent = chaos.counts["requests"]
-                assert await engine.run(iter(seeds), critique_revise(CritiqueRevise(), soul, Prompts()))
+                assert await engine.run(iter(seeds), load("critique-revise", CritiqueRevise(), soul, Prompts()))
                 rows = [[row.row_id, [[kind, values["reason"], values.get("messages"), values.get("chosen")] for kind, values in row.results]]
                         for row in journal.rows("run")]  # fmt: skip
                 await teacher.close()

@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from datagen import recipes
 from datagen.critique import Unreadable, gives_itself_away, parse_critique, refuses
 from datagen.engine import Reply
 from datagen.prompting import Prompts
-from datagen.recipes.critique_revise import CritiqueRevise, critique_revise
+from datagen.recipes.critique_revise import CritiqueRevise
 from datagen.seeds import Seed
 from soul.errors import UserError
 from soul.spec import parse_soul
@@ -49,7 +50,7 @@ class Script:
         entries = getattr(self, stage)
         entry = entries[min(sum(s == stage for s, _, _ in self.said) - 1, len(entries) - 1)]
         outcome, text = entry if isinstance(entry, tuple) else ("ok", entry)
-        return Reply(text, f"key{len(self.said)}", outcome, why="" if outcome == "ok" else "told so")
+        return Reply(outcome, text, key=f"key{len(self.said)}", why="" if outcome == "ok" else "told so")
 
     def stages(self):
         return [stage for stage, _, _ in self.said]
@@ -58,7 +59,7 @@ class Script:
 def make(script, messages=None, soul=SOUL, **options):
     messages = messages or [{"role": "user", "content": "hello?"}]
     seed = Seed("s1", messages, "seeds:1", "seeds:1")
-    results = asyncio.run(critique_revise(CritiqueRevise(**options), soul, Prompts())(seed, script))
+    results = asyncio.run(recipes.load("critique-revise", CritiqueRevise(**options), soul, Prompts())(seed, script))
     return {kind: row for kind, row in results}, results
 
 

@@ -19,6 +19,7 @@ from aiohttp import web
 from fake_teacher import completion, server
 
 from datagen.generate import Config, command, main, resume_command
+from datagen.recipes.best_of import BestOf
 from datagen.recipes.critique_revise import CritiqueRevise
 from datagen.seeds import read_seeds
 from datagen.teachers import open_teacher
@@ -182,6 +183,8 @@ def test_the_command_in_the_card_makes_the_same_config(given, fake):
     made = config(given, fake.url, prompts=Path("small"), max_tokens=99, critique_revise=CritiqueRevise(critic="checks", draft_soul=True))
     read = tyro.cli(Config, args=shlex.split(command(made))[2:])
     assert read == made
+    off = config(given, fake.url, recipe="best-of", best_of=BestOf(soul=False), any_text=True)
+    assert tyro.cli(Config, args=shlex.split(command(off))[2:]) == off and "--best-of.no-soul" in command(off)
     (given / "run").mkdir()
     (given / "run" / "generate.json").write_text("{}")
     assert resume_command(made) == f"soulsmith generate --config {given}/run/generate.json"

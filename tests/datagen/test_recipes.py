@@ -18,11 +18,10 @@ from datagen.critique import Unreadable, ask_judge, parse_list, parse_verdict
 from datagen.engine import Reply
 from datagen.prompting import Prompts
 from datagen.recipes.best_of import BestOf
-from datagen.recipes.cai import Cai
+from datagen.recipes.cai import Cai, probability_of_a
 from datagen.recipes.distill import Distill
 from datagen.recipes.docs import Docs
 from datagen.recipes.introspect import Introspect
-from datagen.recipes.soft_labels import probability_of_a
 from datagen.seeds import Seed
 from soul.errors import UserError
 from soul.files import canonical_json, sha256_json
@@ -58,7 +57,7 @@ class Teacher:
         answer = self.by_stage[stage]
         answer = answer(messages, replicate, role) if callable(answer) else answer
         outcome, text = answer if isinstance(answer, tuple) else ("ok", answer)
-        return text if isinstance(text, Reply) else Reply(text, f"key{len(self.said)}", outcome)
+        return text if isinstance(text, Reply) else Reply(outcome, text, key=f"key{len(self.said)}")
 
     def stages(self):
         return [stage for stage, *_ in self.said]
@@ -354,7 +353,7 @@ def test_docs_without_a_plan_is_a_rejected_row():
 
 
 def logprobs(**letters):
-    return Reply("A", "k", "ok", logprobs={token: math.log(p) for token, p in letters.items()})
+    return Reply("ok", "A", logprobs={token: math.log(p) for token, p in letters.items()})
 
 
 def cai(compare, options=None, **more):
@@ -421,8 +420,8 @@ def test_cai_without_log_probabilities_samples_a_verdict_and_one_half_is_no_pair
 
 def test_the_probability_of_a_reads_tokens_letters_or_nothing():
     assert probability_of_a(logprobs(A=0.6, B=0.2)) == pytest.approx(0.75)
-    assert probability_of_a(Reply("B.", "k", "ok", logprobs={"The": -0.1})) == 0.0
-    assert [probability_of_a(Reply(text, "k", "ok")) for text in ("(A)", "Reply B", "Both", "")] == [1.0, 0.0, None, None]
+    assert probability_of_a(Reply("ok", "B.", logprobs={"The": -0.1})) == 0.0
+    assert [probability_of_a(Reply("ok", text)) for text in ("(A)", "Reply B", "Both", "")] == [1.0, 0.0, None, None]
 
 
 # --- a recipe of one's own

@@ -3,10 +3,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from evals.adherence import judge_soul
+from evals.judge import judge_call, judge_soul, parse_chat_reply
 from evals.prompts import Prompt, chat_prompt, from_rows, held_out, overlap, set_hash
 from evals.run import Config, contestants, evaluate, print_table
-from evals.toolcalls import judge_call, parse_chat_reply
 from evals.work import first_result, run_loops, solved
 from model.sampler import Completion
 from soul.conversation import assistant, tool_call, user
@@ -247,3 +246,13 @@ def test_contestants_of_a_model(tmp_path):
     assert contestants(tmp_path / "sft", {"sft"}) == [("sft 2", "soulsmith")]
     assert contestants(tmp_path, set()) == [("base", "soulsmith"), ("base chat", "chatml")]
     assert contestants(tmp_path, {"base"}) == [("base 2", "soulsmith"), ("base 2 chat", "chatml")]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_a_sampler_that_stops_leaves_no_loop_waiting(error):
+    class Stops(StepScript):
+        def step(self):
+            raise error
+
+    with pytest.raises(error):
+        run_loops(Bytes(), Stops(assistant("done.")), PROMPTS[:1] * 3, temperature=0.0, seed=0, what="work")

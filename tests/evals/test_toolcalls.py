@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evals.toolcalls import COLUMNS, judge_call, parse_chat_reply
+from evals.judge import COLUMNS, judge_call, parse_chat_reply
 from soul.conversation import arguments, assistant, calls_of, name_of, tool_call
 from soul.template import SPECIAL_TOKENS, Template
 

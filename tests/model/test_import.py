@@ -195,16 +195,16 @@ def test_gguf_gives_the_same_logits_as_safetensors(name, mergeable, tmp_path):
     path = write_gguf(mergeable(name), tmp_path / "m.gguf", name.removeprefix("tiny_"))
     ids = [[1, 2, 3, 256, 40, 41]]
     np.testing.assert_array_equal(logits_of(path, ids), logits_of(GOLDEN / name, ids))
-    source = read_gguf(path)
-    assert source.tokenizer.vocab_size == 278 and source.config.vocab_size == 288
-    assert source.tokenizer.base_special["<|im_end|>"] == 258 and source.tokenizer.encode("he 12")[0] == 276
+    config, tokenizer, _ = read_gguf(path)
+    assert tokenizer.vocab_size == 278 and config.vocab_size == 288
+    assert tokenizer.base_special["<|im_end|>"] == 258 and tokenizer.encode("he 12")[0] == 276
 
 
 def test_gguf_written_as_a_hugging_face_directory(mergeable, tmp_path):
     source = read_gguf(write_gguf(mergeable("tiny_llama"), tmp_path / "m.gguf", "llama"))
-    write_hf(tmp_path / "out", source.config, source.tokenizer, source.tensors())
+    write_hf(tmp_path / "out", *source)
     config, tokenizer, tensors = read_hf(tmp_path / "out")
-    assert config == source.config and tokenizer.encode("he a 12") == source.tokenizer.encode("he a 12")
+    assert config == source[0] and tokenizer.encode("he a 12") == source[1].encode("he a 12")
     assert {name for name, _, _ in tensors} == set(load_file(GOLDEN / "tiny_llama" / "model.safetensors"))
     np.testing.assert_array_equal(logits_of(tmp_path / "out", [[1, 2, 3]]), logits_of(GOLDEN / "tiny_llama", [[1, 2, 3]]))
 
@@ -214,7 +214,7 @@ def test_gguf_pre_tokenizers(pre, cut, mergeable, tmp_path):
     from tokenizers import Tokenizer as HF
 
     source = read_gguf(write_gguf(mergeable("tiny_llama"), tmp_path / "m.gguf", "llama", pre=pre))
-    splitter = HF.from_str(json.dumps(source.tokenizer.spec)).pre_tokenizer
+    splitter = HF.from_str(json.dumps(source[1].spec)).pre_tokenizer
     assert [piece.replace("Ġ", " ") for piece, _ in splitter.pre_tokenize_str("ab 123's")] == cut
 
 

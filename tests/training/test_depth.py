@@ -9,7 +9,7 @@ from model.config import ModelConfig
 from model.transformer import param_table
 from soul.errors import UserError
 from training import losses
-from training.bpb import as_batch
+from training.data import as_batch
 from training.depth import dial, fresh, parameters, scaling_params, shape
 
 

@@ -44,7 +44,7 @@ def train(layout, built, metrics):
 
     from training import losses
     from training.data import Packed
-    from training.fit import FitConfig, Hooks, TrainState, fit, read_metrics
+    from training.fit import Loop, TrainState, fit, read_metrics
     from training.optim import OptimConfig, adamw
     from training.programs import Programs, plain_logprobs
 
@@ -59,8 +59,8 @@ def train(layout, built, metrics):
         built.append(k)
         return packed.batch(k)
 
-    state, _ = fit(programs, optimizer, TrainState(params, layout.init(optimizer.init, params)), batch, FitConfig(STEPS, ACCUMULATE),
-                   Hooks(lambda step, state: None, metrics))  # fmt: skip
+    state, _ = fit(programs, optimizer, TrainState(params, layout.init(optimizer.init, params)), batch,
+                   Loop(STEPS, lambda step, state: None, metrics, ACCUMULATE))  # fmt: skip
     return state, np.array([line["loss"] for line in read_metrics(metrics)]), scores
 
 

@@ -9,7 +9,7 @@ from tiny_model import decoder, random_examples, same
 
 from training import losses
 from training.data import Packed
-from training.fit import Eval, FitConfig, Hooks, TrainState, fit, read_evals, read_metrics
+from training.fit import Eval, Loop, TrainState, fit, read_evals, read_metrics
 from training.optim import OptimConfig, adamw, decayed, schedule
 from training.programs import Programs, plain_logprobs
 
@@ -47,9 +47,8 @@ class Trained:
 
     def run(self, tmp_path, state=None, start=0, batches=None, **limits):
         saved = {}
-        hooks = Hooks(lambda step, state: saved.update({step: copy(state)}), tmp_path / "metrics.jsonl", clock=Clock())
-        limits = FitConfig(**{"steps": STEPS, "accumulate": 2, **limits})
-        state, step = fit(self.programs, self.optimizer, state or self.fresh(), batches or self.packed.batch, limits, hooks, start=start)
+        loop = Loop(STEPS, lambda step, state: saved.update({step: copy(state)}), tmp_path / "metrics.jsonl", 2, clock=Clock(), **limits)
+        state, step = fit(self.programs, self.optimizer, state or self.fresh(), batches or self.packed.batch, loop, start=start)
         return state, step, saved
 
 
@@ -86,9 +85,9 @@ def test_a_crash_loses_only_steps_after_the_last_checkpoint(trained, tmp_path):
         return trained.packed.batch(k)
 
     saved = {}
-    hooks = Hooks(lambda step, state: saved.update({step: copy(state)}), tmp_path / "metrics.jsonl", clock=Clock())
+    loop = Loop(STEPS, lambda step, state: saved.update({step: copy(state)}), tmp_path / "metrics.jsonl", 2, 0.5, clock=Clock())
     with pytest.raises(PowerCut):
-        fit(trained.programs, trained.optimizer, trained.fresh(), cut_at_step_4, FitConfig(STEPS, 2, checkpoint_minutes=0.5), hooks)
+        fit(trained.programs, trained.optimizer, trained.fresh(), cut_at_step_4, loop)
     last = max(saved)
     assert 0 < last <= 4
     resumed, _, _ = trained.run(tmp_path, state=saved[last], start=last)
@@ -153,8 +152,9 @@ def test_evals_run_on_the_way_and_at_the_end_and_a_resumed_run_does_not_repeat_t
 
     def run(**more):
         saved = {}
-        hooks = Hooks(lambda step, state: saved.update({step: copy(state)}), tmp_path / "metrics.jsonl", evals=evals, clock=Clock())
-        fit(trained.programs, trained.optimizer, batches=trained.packed.batch, config=FitConfig(STEPS, 2, 1e9, 4), hooks=hooks, **more)
+        loop = Loop(STEPS, lambda step, state: saved.update({step: copy(state)}), tmp_path / "metrics.jsonl", 2, 1e9, 4, evals=evals,
+                    clock=Clock())  # fmt: skip
+        fit(trained.programs, trained.optimizer, batches=trained.packed.batch, loop=loop, **more)
         return saved
 
     saved = run(state=trained.fresh())

@@ -16,7 +16,7 @@ from model.transformer import Decoder
 from soul.errors import UserError
 from training import losses, mesh
 from training.data import Packed, pair
-from training.fit import FitConfig, Hooks, TrainState, fit, read_metrics
+from training.fit import Loop, TrainState, fit, read_metrics
 from training.lora import trained as adapted
 from training.mesh import Layout, make_mesh
 from training.muon import Rates, muon_adamw
@@ -119,8 +119,7 @@ def trained(tmp_path, optimizer, spec=None, steps=6, start=0, resume=None):
         state = TrainState(**items)
     assert not spec or placed(state, programs.layout)
     metrics = tmp_path / "metrics.jsonl"
-    hooks = Hooks(lambda step, state: None, metrics)
-    state, _ = fit(programs, optimizer, state, sft_batches(), FitConfig(steps, 16), hooks, start=start)
+    state, _ = fit(programs, optimizer, state, sft_batches(), Loop(steps, lambda step, state: None, metrics, 16), start=start)
     return state, np.array([line["loss"] for line in read_metrics(metrics)])
 
 

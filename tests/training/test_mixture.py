@@ -152,7 +152,7 @@ def test_a_held_out_share_is_of_the_tokens_but_never_too_much():
 def test_answers_to_one_prompt_stay_together_and_are_not_trained_on_elsewhere():
     rows = [[c.user(f"q{i}"), c.assistant(reply)] for i in range(40) for reply in ("yes", "no")]
     items = [example(TEMPLATE, messages, str(i)) for i, messages in enumerate(rows)]
-    mine, other = build([Source("mine"), Source("other")], [items, items[::2]], [Counter(), Counter()], 99, 0.05, 0, 0)
+    mine, other = build([(Source("mine"), items, Counter()), (Source("other"), items[::2], Counter())], 99, 0.05, 0, 0)
     held = {prompt_key(item, 0) for part in (mine, other) for item in part.held_out}
     assert len(mine.held_out) == 2 * len({prompt_key(item, 0) for item in mine.held_out}) > 0
     assert not held & {prompt_key(item, 0) for part in (mine, other) for item in part.train}
@@ -195,8 +195,9 @@ def test_a_beginning_reaches_the_tokens_asked():
 
 def test_over_length_rows_are_dropped_and_counted_per_source():
     short, long = examples(30, 10), examples(3, 40, first=100)
-    sources = [Source("x/mine.json"), Source("y/mine.json", max_length=20), Source("empty.json")]
-    parts = build(sources, [short + long, short + long, []], [Counter(), Counter({"no reply": 2}), Counter()], 50, 0.0, 0, 0)
+    mine, other = Source("x/mine.json"), Source("y/mine.json", max_length=20)
+    encoded = [(mine, short + long, Counter()), (other, short + long, Counter({"no reply": 2})), (Source("empty.json"), [], Counter())]
+    parts = build(encoded, 50, 0.0, 0, 0)
     assert [part.left_out for part in parts] == [{}, {"longer than 20": 3, "no reply": 2}, {}]
     assert [(part.name, part.rows, len(part.train)) for part in parts] == [
         ("x/mine.json", 33, 33),
@@ -205,4 +206,4 @@ def test_over_length_rows_are_dropped_and_counted_per_source():
     ]
     assert parts[2] == Part("empty", 0, 1.0, [], [])
     with pytest.raises(UserError, match=r"m\.json: all 3 rows are longer than 20"):
-        build([Source("m.json")], [long], [Counter()], 20, 0.0, 0, 0)
+        build([(Source("m.json"), long, Counter())], 20, 0.0, 0, 0)

@@ -5,13 +5,17 @@ from itertools import count
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 from tiny_model import CONFIG, model_dir, preference_rows, sft_rows, tokenizer
 
+from model.transformer import Decoder
 from soul.errors import UserError
 from soul.files import read_json
 from soul.rows import write_rows
-from training import planner
+from training import losses, planner
+from training.lora import trained
 from training.planner import Config, Probe, extrapolate, flops_per_token, items_of, measure, settings, stages
+from training.programs import Programs
 
 TINY = dict(length=64, batch_rows=2)
 
@@ -102,6 +106,15 @@ def test_memory_at_more_layers_is_what_the_compiler_plans_there(model, name):
     batch, _ = found.batch(2)
     predicted = extrapolate(probes, [probe.memory(batch) for probe in probes], 6)
     assert predicted == pytest.approx(Probe(found, 6).memory(batch), rel=0.02)
+
+
+def test_the_program_that_is_measured_is_the_one_that_training_runs(model):
+    found = stage(model)
+    probe, (batch, _) = Probe(found, 2), found.batch(2)
+    part = trained(Decoder(CONFIG, nnx.Rngs(0), compute=found.compute), 0, (), 0)
+    programs = Programs(part.logprobs, losses.nll, total=part.total)  # as sft has it
+    texts = [p.whole.lower(part.params, None, batch).as_text() for p in (probe.programs, programs)]
+    assert texts[0] == texts[1]
 
 
 def test_state_bytes_are_weights_and_two_moments(model):

@@ -17,8 +17,8 @@ from model.load import load_model
 from soul.errors import UserError
 from soul.rows import write_rows
 from training import pretrain
-from training.bpb import as_batch, bits_per_byte
-from training.fit import read_evals, read_metrics
+from training.data import as_batch
+from training.fit import bits_per_byte, read_evals, read_metrics
 from training.pretrain import Config, Mixed
 
 LENGTH = 64

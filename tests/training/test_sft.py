@@ -191,8 +191,8 @@ def pretrained(tmp_path_factory):
 
 def test_the_momenta_of_pretraining_are_gone_on_with(base, pretrained, tmp_path, monkeypatch):
     (path, kept), seen = pretrained, {}
-    monkeypatch.setattr(sft, "train", lambda job: seen.update(job=job) or 0)
-    assert sft.main(config(base, tmp_path, model=str(path))) == 0
+    monkeypatch.setattr(sft, "train", lambda job: seen.update(job=job) or 1)
+    assert sft.main(config(base, tmp_path, model=str(path))) == 1
     job = seen["job"]
     fresh = job.optimizer.init(job.params)
     matrix, embed = (job.warm(fresh).inner_states[name].inner_state for name in ("matrix", "embed"))
@@ -204,7 +204,7 @@ def test_the_momenta_of_pretraining_are_gone_on_with(base, pretrained, tmp_path,
     assert rates[0] == pytest.approx(0.02 * 0.8 * (2 / 8) ** 0.5) == max(rates) and rates[-1] == 0
     assert job.identity["settings"]["warm_start"] == 0.8
     for more in ({"warm_start": "no"}, {"lora": 2}, {"model": str(base / "model")}):
-        assert sft.main(config(base, tmp_path, **({"model": str(path)} | more))) == 0
+        assert sft.main(config(base, tmp_path, **({"model": str(path)} | more))) == 1
         assert "warm_start" not in seen["job"].identity["settings"] and same(seen["job"].warm(1), 1)
 
 

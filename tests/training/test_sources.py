@@ -78,10 +78,10 @@ def test_column(tmp_path):
     ("name", "content", "message"),
     [
         ("a.jsonl", b'{"text": "x"}\n{"text": "y"\n', r"a.jsonl:2: is not JSON"),
-        ("a.jsonl", b'{"text": "\xff"}', r"a.jsonl:1: is not JSON"),
+        ("a.jsonl", b'{"text": "\xff"}', r"a.jsonl:1: is not UTF-8"),
         ("a.jsonl", b"[" * 100_000, r"a.jsonl:1: is not JSON"),
         ("a.parquet", b"PAR1 no", "is damaged"),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 1000)[:-20], "is damaged"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 1000, mtime=0)[:-20], "is damaged"),
         ("a.jsonl.gz", b"not gzip", "is damaged"),
         ("a.txt", b"", "no document"),
         ("a.png", b"x", "is none of"),
@@ -189,6 +189,7 @@ def test_the_hub_is_streamed_and_its_errors_are_one_line(tmp_path, monkeypatch):
         ("a/set", "train", True), ("a/set", "cfg", "train", True), ("codeparrot/codeparrot-clean", "train", True),
         ("a/set", "test", True), ("a/set", "cfg", "test", True), ("HuggingFaceFW/fineweb-edu", "sample-10BT", "train", True),
     ]  # fmt: skip
+    assert [d.text for d in read("hf:a/code")[0]] == ["x = 1", "y = 2", "z"]  # the preset asks for licences, not a set of its name
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: (_ for _ in ()).throw(ConnectionError("no network\nmore")))
     with pytest.raises(UserError, match="no network") as error:
         read("hf:a/set")

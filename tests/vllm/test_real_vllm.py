@@ -16,7 +16,8 @@ import pytest
 from datagen.engine import Engine, Policy
 from datagen.journal import Journal
 from datagen.prompting import Prompts
-from datagen.recipes.critique_revise import CritiqueRevise, critique_revise
+from datagen.recipes import load
+from datagen.recipes.critique_revise import CritiqueRevise
 from datagen.seeds import read_seeds
 from datagen.vllm import Serve, VllmTeacher
 from model.load import find
@@ -65,7 +66,7 @@ def model(tmp_path) -> Path:
 def test_a_run_outlives_its_server(model, tmp_path, monkeypatch):
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "2")
     out, soul = tmp_path / "run", load_soul("soul/SOUL.md")
-    recipe = critique_revise(CritiqueRevise(rounds=1, critic_tokens=128), soul, Prompts("small"))
+    recipe = load("critique-revise", CritiqueRevise(rounds=1, critic_tokens=128), soul, Prompts("small"))
     (tmp_path / "seeds.txt").write_text("\n".join(SEEDS))
     seeds = list(read_seeds(tmp_path / "seeds.txt"))
     teacher = VllmTeacher(str(model), Serve(command=COMMAND, args=ARGS, max_len=4096), out / "vllm.log")

@@ -364,9 +364,9 @@ def test_a_sandbox_that_does_not_confine_is_found_out(monkeypatch):
 @pytest.fixture
 def nothing_works(monkeypatch):
     monkeypatch.setattr(Sandbox, "fault", lambda self: "not in this kernel")
-    module._detect.cache_clear()
+    Sandbox.detect.cache_clear()
     yield
-    module._detect.cache_clear()
+    Sandbox.detect.cache_clear()
 
 
 def test_none_is_said_loudly_and_required_only_on_request(nothing_works, tmp_path):
@@ -386,11 +386,11 @@ def test_the_strongest_that_holds_is_taken_and_described(monkeypatch):
             "fault",
             lambda self, kind=sandbox.kind, ns=sandbox.namespaces: "" if (self.kind, self.namespaces) == (kind, ns) else "no",
         )
-        module._detect.cache_clear()
+        Sandbox.detect.cache_clear()
         found = require_sandbox(False)
         assert (found.kind, found.namespaces) == (sandbox.kind, sandbox.namespaces)
         assert kind.capitalize() in found.describe().replace("and n", "and N").replace("(b", "(B")
-    module._detect.cache_clear()
+    Sandbox.detect.cache_clear()
 
 
 def test_a_device_in_the_workspace_is_no_file(tmp_path):
