@@ -13,7 +13,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from soul.files import home
 
 BF16, F32 = jnp.bfloat16, jnp.float32
-KEPT = 1 << 28  # bytes of probabilities that a forward may keep for its backward
+KEPT = 1 << 28  # bytes of the logits' gradient that a forward may keep for its backward
 log = logging.getLogger(__name__)
 
 
@@ -153,27 +153,32 @@ def _logprobs_fwd(x_icd, head_vd, targets_ic, compute):
     def one(part):
         logits_cv = dot(part[0], head, 1, 1)
         lse_c = jax.nn.logsumexp(logits_cv, axis=1)
-        p_cv = jnp.exp(logits_cv - lse_c[:, None]).astype(kind) if keep else None
-        return jnp.take_along_axis(logits_cv, part[1][:, None], axis=1)[:, 0], lse_c, p_cv
+        miss_cv = _miss(logits_cv, part[1], lse_c).astype(kind) if keep else None
+        return jnp.take_along_axis(logits_cv, part[1][:, None], axis=1)[:, 0], lse_c, miss_cv
 
-    hit_ic, lse_ic, p_icv = lax.map(one, (x, targets_ic))
-    return hit_ic - lse_ic, (x, head_vd, targets_ic, lse_ic, p_icv, jnp.zeros((), x_icd.dtype))
+    hit_ic, lse_ic, miss_icv = lax.map(one, (x, targets_ic))
+    return hit_ic - lse_ic, (x, head_vd, targets_ic, lse_ic, miss_icv, jnp.zeros((), x_icd.dtype))
+
+
+def _miss(logits_cv, target_c, lse_c):
+    """1[target] - p, the gradient of log p by the logits. It is kept and not p: rounded to bf16, p = .998 would leave nothing, or double."""
+    vocab = jnp.arange(logits_cv.shape[1], dtype=target_c.dtype)[None]
+    return (vocab == target_c[:, None]).astype(F32) - jnp.exp(logits_cv - lse_c[:, None])
 
 
 def _logprobs_bwd(compute, kept, g_ic):
-    """One pass per chunk: the probabilities (kept, or from the logits again), the logits' gradient g·(1[target] - p), and from it both products."""
-    x_icd, head_vd, targets_ic, lse_ic, p_icv, like_x = kept
+    """One pass per chunk: the logits' gradient (kept, or from the logits again), and from it both products."""
+    x_icd, head_vd, targets_ic, lse_ic, miss_icv, like_x = kept
     head = head_vd.astype(x_icd.dtype)
-    vocab = jnp.arange(head.shape[0], dtype=targets_ic.dtype)[None]
 
     def one(dhead_dv, part):
-        x, target, lse, g, p_cv = part
-        p_cv = jnp.exp(dot(x, head, 1, 1) - lse[:, None]) if p_cv is None else p_cv.astype(F32)
-        d_cv = (g[:, None] * ((vocab == target[:, None]).astype(F32) - p_cv)).astype(x.dtype)
+        x, target, lse, g, miss_cv = part
+        miss_cv = _miss(dot(x, head, 1, 1), target, lse) if miss_cv is None else miss_cv.astype(F32)
+        d_cv = (g[:, None] * miss_cv).astype(x.dtype)
         # D×V, so that the operand to be written out row-major is the small one
         return dhead_dv + dot(row_major(x.T), d_cv, 1, 0), dot(d_cv, head, 1, 0)
 
-    dhead_dv, dx_icd = lax.scan(one, jnp.zeros(head.shape[::-1], F32), (x_icd, targets_ic, lse_ic, g_ic, p_icv))
+    dhead_dv, dx_icd = lax.scan(one, jnp.zeros(head.shape[::-1], F32), (x_icd, targets_ic, lse_ic, g_ic, miss_icv))
     return dx_icd.astype(like_x.dtype), _transposed(dhead_dv).astype(head_vd.dtype), None
 
 

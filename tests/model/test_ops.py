@@ -85,7 +85,19 @@ def test_token_logprobs_values_and_gradients_equal_log_softmax(n, chunk, kept, m
         np.testing.assert_allclose(a, b, atol=1e-4)
 
 
-def test_token_logprobs_hold_probabilities_up_to_a_limit_and_full_logits_never(monkeypatch):
+def test_the_kept_gradient_of_a_token_that_is_nearly_sure_is_as_fine_as_any(monkeypatch):
+    x = jnp.eye(16)[:8]
+    head = jnp.eye(16) * jnp.linspace(8.0, 12.0, 16)[:, None]  # p of the target from .994 to .9998
+    targets = jnp.arange(8, dtype=jnp.int32)
+
+    def gradient(kept):
+        monkeypatch.setattr(ops, "KEPT", kept)
+        return jax.grad(lambda x: ops.token_logprobs(x, head, targets, "bf16").sum())(x)
+
+    np.testing.assert_allclose(gradient(ops.KEPT), gradient(0), rtol=0.02, atol=1e-5)
+
+
+def test_token_logprobs_hold_a_gradient_up_to_a_limit_and_full_logits_never(monkeypatch):
     def biggest(n, kept):
         monkeypatch.setattr(ops, "KEPT", kept)
         args = (jnp.zeros((n, 8)), jnp.zeros((512, 8)), jnp.zeros(n, jnp.int32))
