@@ -15,7 +15,7 @@ from agent.permissions import Permission
 from agent.terminal import Terminal
 from soul import conversation
 from soul.errors import UserError
-from soul.files import disk_error, home
+from soul.files import disk_error, home, sound
 from soul.settings import config_to_json
 from soul.spec import load_soul
 from soul.template import Template
@@ -166,7 +166,7 @@ class Session:
                 pressed = self.say(line) == Status.interrupted
 
     def say(self, line: str) -> Status:
-        line = line.encode("utf-8", "replace").decode()  # a terminal may deliver bytes that are not UTF-8
+        line = sound(line)  # a terminal may deliver bytes that are not UTF-8
         self.transcript.write("user", {"text": line})
         self.messages, status = run_turn(
             [*self.messages, conversation.user(line)], generate=self.model, workspace=self.workspace, ask=self.permission,

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from datagen.prompting import Prompts
+from soul.files import sound
 from soul.repairs import REPAIRS
 
 MAX_CRITIQUE = 100_000
@@ -74,15 +75,10 @@ def parse_critique(text: str, reply: str, principles: Collection[str]) -> list[F
         principle = str(item.get("principle", "")).strip()
         if verdict != "ok" and principle in principles:
             quote = item.get("quote") if isinstance(item.get("quote"), str) else ""
-            found.append(Finding(principle, quote if _flat(quote) in _flat(reply) else "", _sound(str(item.get("why") or "").strip())))
+            found.append(Finding(principle, quote if _flat(quote) in _flat(reply) else "", sound(str(item.get("why") or "").strip())))
     if not judged:
         raise Unreadable('no object has a "verdict" of "violates" or "ok"')
     return found
-
-
-def _sound(text: str) -> str:
-    """`text` without lone surrogates: JSON can spell them, but neither a request nor a file can hold them."""
-    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _first_json(text: str, accept: Callable[[object], object | None]) -> object:
@@ -146,7 +142,7 @@ def parse_list(text: str) -> list[str]:
             value = next((inner for inner in value.values() if isinstance(inner, list)), None)
         items = value if isinstance(value, list) else []
         items = [next((text for text in item.values() if isinstance(text, str)), "") if isinstance(item, dict) else item for item in items]
-        return list(dict.fromkeys(_sound(item.strip()) for item in items if isinstance(item, str) and item.strip())) or None
+        return list(dict.fromkeys(sound(item.strip()) for item in items if isinstance(item, str) and item.strip())) or None
 
     try:
         return _first_json(text, accept)

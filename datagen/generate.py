@@ -206,7 +206,7 @@ def main(config: Config) -> int:
         finally:
             _tell(export(journal, session.run_id, config.out / "data", session.soul, session.facts), config)
     if not done:
-        console.print(plain(f"stopped; everything answered so far is kept. Go on with: {resume_command(config)}"))
+        tell_stopped(resume_command(config))
     return 0 if done else 130
 
 
@@ -262,6 +262,10 @@ async def compute(session: Session, journal: Journal, seeds: Iterable[Seed], tit
         status(engine.snapshot(), "done" if done else "stopped")
         for one in set(session.teachers.values()):
             await one.close()
+
+
+def tell_stopped(again: str) -> None:
+    console.print(plain(f"stopped; everything answered so far is kept. Go on with: {again}"))
 
 
 def _tell(stats: dict, config: Config) -> None:

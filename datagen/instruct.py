@@ -19,6 +19,7 @@ from datagen.python_text import CODE_LINE, DEFINITIONS, QUIET, defined, is_pytho
 from datagen.seeds import READERS, read_rows, suffix
 from datagen.tasks import Step, Task, edit_step, quoted_name, read_step
 from soul.errors import UserError
+from soul.files import sound
 from soul.prose import fences
 
 MAX_APPENDED_LINES = 30
@@ -159,7 +160,7 @@ def text_of(value: object) -> str:
     """A column's text; of a conversation, the last message's."""
     if isinstance(value, list) and value and isinstance(value[-1], dict):
         value = value[-1].get("content")
-    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else ""
+    return sound(value) if isinstance(value, str) else ""
 
 
 # ---- names

@@ -16,7 +16,7 @@ from pathlib import Path
 from datagen import generate
 from datagen.engine import Recipe
 from datagen.export import export
-from datagen.generate import OwnRecipe, Session
+from datagen.generate import OwnRecipe, Session, tell_stopped
 from datagen.journal import Journal
 from datagen.plan import price
 from datagen.playing import Ended, Play, Stage, accepted, criticised, difference
@@ -198,5 +198,5 @@ def main(config: Config) -> int:
             told = f"{rows['sft']} rollouts, {rows['preference']} pairs, {rows['rejected']} rejected in {config.out / 'data'}"
             console.print(plain(told + "".join(f"\n  {count} × {why}" for why, count in list(stats["reasons"].items())[:5])))
     if not done:
-        console.print(plain(f"stopped; everything answered so far is kept. Go on with: {again}"))
+        tell_stopped(again)
     return 0 if done else 130

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from datagen import generate, since
 from datagen.critique import gives_itself_away, strays
 from datagen.engine import Recipe
-from datagen.generate import Config, Session
+from datagen.generate import Config, Session, tell_stopped
 from datagen.journal import Journal
 from datagen.long_rollouts import DOMAINS
 from datagen.phrases import sentence_case
@@ -24,7 +24,6 @@ from datagen.protocol import OPEN, joined_text, written
 from datagen.recipes.common import Workings
 from datagen.rollouts import JUDGMENTS, WRONG_CALLS, length
 from datagen.seeds import Seed
-from soul.console import console, plain
 from soul.conversation import named_calls
 from soul.errors import UserError
 from soul.files import sha256_json
@@ -193,8 +192,7 @@ def speak(session: Session, rollouts: list[dict], pairs: list[dict], finish: Cal
         finally:
             finish(*spoken(session, journal, rollouts, pairs))
     if not done:
-        again = f"soulsmith convert --config {config.out / 'convert.json'}"
-        console.print(plain(f"stopped; everything answered so far is kept. Go on with: {again}"))
+        tell_stopped(f"soulsmith convert --config {config.out / 'convert.json'}")
     return 0 if done else 130
 
 

@@ -4,6 +4,7 @@ import json
 import re
 
 from soul import conversation, tools
+from soul.files import sound
 from soul.prose import mask, words
 from soul.registry import CHECKS
 from soul.spec import CheckCall, Soul, check_table
@@ -98,9 +99,4 @@ def _as_call(value: dict) -> dict | None:
     if not name or not isinstance(args, dict):
         return None
     texts = {k: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for k, v in args.items() if v is not None}
-    # JSON can spell lone surrogates, which no file can hold
-    return conversation.call_from(_sound(name), {_sound(k): _sound(v) for k, v in texts.items()})
-
-
-def _sound(text: str) -> str:
-    return text.encode("utf-8", "replace").decode("utf-8")
+    return conversation.call_from(sound(name), {sound(k): sound(v) for k, v in texts.items()})

@@ -16,6 +16,11 @@ def home() -> Path:
     return Path(os.environ.get("SOULSMITH_HOME") or Path.home() / ".cache" / "soulsmith")
 
 
+def sound(text: str) -> str:
+    """`text` with "?" for lone surrogates: JSON can spell them, and terminals deliver them, but neither a request nor a file can hold them."""
+    return text.encode("utf-8", "replace").decode()
+
+
 @contextmanager
 def atomic_path(path: str | Path):
     """Yield a temporary path in the same directory; on success it is fsynced and renamed over `path`, on failure removed.

@@ -188,10 +188,11 @@ class Packed:
         if not self.paired:
             return batch
         order, numbers = [i for unit in block for i in unit], []
+        slot = {i: n for n, i in enumerate(order)}
         for unit in block:
             for side in (0, 1):
                 for i in unit:
-                    numbers += [order.index(i) + side * self.pairs] * self.items[i].branches[side].trained
+                    numbers += [slot[i] + side * self.pairs] * self.items[i].branches[side].trained
         batch["branch"] = _padded(numbers, self.supervised, 2 * self.pairs)
         batch["real"] = _padded([1] * len(order), self.pairs).astype(np.float32)
         batch["index"] = _padded(order, self.pairs, -1)

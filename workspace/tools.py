@@ -4,6 +4,7 @@ import difflib
 from pathlib import Path
 
 from soul.errors import UserError
+from soul.files import sound
 from soul.tools import problem
 from workspace.bash import bash, environment
 from workspace.files import edit, plan_edit, read
@@ -54,7 +55,7 @@ class Workspace:
             text = f"error: {error}"
         except OSError as error:
             text = f"error: {name} failed: {error.strerror or 'operating system error'}"
-        return clip(text.encode("utf-8", "replace").decode(), self.max_result_chars)
+        return clip(sound(text), self.max_result_chars)
 
     def preview(self, args: dict[str, str]) -> str:
         """What an Edit would change, as a unified diff; the error it would give when it would fail."""
