@@ -123,6 +123,22 @@ def test_no_step_that_can_be_read_is_an_error(tmp_path):
         checkpoint.restore(tmp_path / "nothing", ABSTRACT)
 
 
+@pytest.mark.parametrize("fault", ["cut", "gone", "shapes"])
+def test_a_step_that_cannot_be_read_says_so_once(tmp_path, fault, caplog, capfd):
+    """Without a manifest it is Orbax that fails, with one of many reads; what it leaves of the others is collected in silence, whenever that is."""
+    state = {"params": [jnp.full((8, 8), float(n)) for n in range(40)]}
+    path = checkpoint.save(tmp_path, 1, state)
+    (path / checkpoint.MANIFEST).unlink()
+    for file in (path / "params" / "d").iterdir() if fault != "shapes" else ():
+        file.write_bytes(file.read_bytes()[:-3] + b"abc") if fault == "cut" else file.unlink()
+    wanted = {"params": [jax.ShapeDtypeStruct((3, 3) if fault == "shapes" and n % 8 == 5 else (8, 8), jnp.float32) for n in range(40)]}
+    for _ in range(8):
+        with pytest.raises(UserError, match="cannot be read"):
+            checkpoint.restore(tmp_path, wanted, step=1)
+        gc.collect()
+    assert not caplog.records and capfd.readouterr().err == ""
+
+
 def test_a_step_of_old_is_read(tmp_path):
     """Before there were manifests, each item was compressed and written by a checkpointer of its own."""
     with ocp.StandardCheckpointer() as checkpointer:
