@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from model import checkpoint, pull
+from model import chatml, checkpoint, pull
 from model.config import ModelConfig
 from model.gguf_import import read_gguf
 from model.hf_import import LazyTensor, assemble, read_hf
@@ -99,9 +99,13 @@ def build(config: ModelConfig, params: dict[tuple, jax.Array], dtype=jnp.float32
 def adopt_rows(rows_vd: np.ndarray, tokenizer: Tokenizer, name: str = "embed") -> np.ndarray:
     """Rows of the embedding (or head) for our special tokens on a base model's control ids.
 
-    `…end` rows become the base's end-of-turn row plus noise, all others its start-of-turn row plus noise; end and start of the
+    `…end` rows become the base's end-of-turn row plus noise, all others its start-of-turn row plus noise; the end of the
     assistant's turn, `<|bos|>` and `<|pad|>` keep the rows they took over. Mean-initialised rows were measured to fail: 0 of 24 valid
     calls after 100,000 tokens, against 8 of 8 after 50,000 with copies (DESIGN.md). Ids beyond the base's vocabulary get the mean row.
+
+    The two tokens that stand before every reply get the embeddings of the two that the base reads there (`reply_header`), so that it
+    replies to what was said from the first step on: on SmolLM2-135M the KL divergence of the reply's first token from that in the base's
+    own template falls from 12.6 to 3.4 nats, of the second from 9.7 to 0.7 (bench/takeover.py).
     """
     appended = max(0, tokenizer.vocab_size - len(rows_vd))
     out = np.concatenate([rows_vd, np.repeat(rows_vd.mean(0, keepdims=True), appended, 0)])
@@ -118,4 +122,14 @@ def adopt_rows(rows_vd: np.ndarray, tokenizer: Tokenizer, name: str = "embed") -
         if token not in kept:
             row = rows_vd[end if token.endswith("end|>") else start]
             out[n] = row + NOISE * row.std() * random.standard_normal(row.shape).astype(row.dtype)
+    if name == "embed" and (header := reply_header(tokenizer)):
+        out[[ours["<|user_end|>"], ours["<|tool_result_end|>"], ours["<|assistant_start|>"]]] = rows_vd[[header[0], header[0], header[1]]]
     return out
+
+
+def reply_header(tokenizer: Tokenizer) -> list[int]:
+    """The base's last two ids before a reply in its own chat template: of ChatML or Llama 3, [] of others."""
+    base = tokenizer.base_special
+    if chatml.TURN_START in base and chatml.TURN_END in base:
+        return chatml.encode_chatml(tokenizer, [])[-2:]
+    return [base["<|end_header_id|>"], *tokenizer.encode("\n\n")][-2:] if "<|end_header_id|>" in base else []

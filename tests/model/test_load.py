@@ -1,6 +1,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -8,10 +9,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from model.chatml import encode_chatml
 from model.config import ModelConfig
-from model.load import NOISE, adopt_rows, find, load_model, save_model
+from model.load import NOISE, adopt_rows, find, load_model, reply_header, save_model
 from model.tokenizer import Tokenizer, added_token, adopt
 from model.transformer import Decoder
+from soul.conversation import user
 from soul.errors import UserError
 from soul.files import home
 from soul.template import Template
@@ -40,7 +43,7 @@ def test_raw_keeps_every_row_and_adoption_changes_only_ours(loaded):
     a, b = arrays_of(raw.model), arrays_of(loaded.model)
     assert raw.tokenizer.special == loaded.tokenizer.special and raw.meta == {"base": "tiny_llama", "raw": True}
     changed = set(np.flatnonzero((a[("embed",)] != b[("embed",)]).any(1)).tolist())
-    kept = {"<|assistant_end|>", "<|assistant_start|>", "<|bos|>", "<|pad|>"}
+    kept = {"<|assistant_end|>", "<|bos|>", "<|pad|>"}
     assert changed == {n for name, n in loaded.tokenizer.special.items() if name not in kept}
     assert_same({k: v for k, v in a.items() if k != ("embed",)}, {k: v for k, v in b.items() if k != ("embed",)})
     again = load_model(GOLDEN / "tiny_llama", compute="fp32")
@@ -54,10 +57,29 @@ def test_adopted_rows_are_noisy_copies_of_turn_start_and_turn_end(loaded):
     for token, n in tokenizer.special.items():
         source = tokenizer.special["<|assistant_end|>" if token.endswith("end|>") else "<|assistant_start|>"]
         noise = (new[n] - rows[source]) / rows[source].std()
-        if token in ("<|user_end|>", "<|tool_call_end|>", "<|tool_arg|>", "<|tool_val|>", "<|system_start|>"):
+        if token in ("<|system_end|>", "<|tool_call_end|>", "<|tool_arg|>", "<|tool_val|>", "<|system_start|>"):
             assert abs(noise.std() - NOISE) < 0.02 and abs(noise.mean()) < 0.02
             assert (head[n] != new[n]).any()
     assert new.dtype == np.float32 and (new[:256] == rows[:256]).all()
+
+
+def test_what_stands_before_a_reply_reads_as_in_the_bases_own_template(loaded):
+    tokenizer = loaded.tokenizer
+    rows = np.random.default_rng(0).standard_normal((288, 8)).astype(np.float32)
+    new, head = adopt_rows(rows, tokenizer), adopt_rows(rows, tokenizer, "head")
+    before, last = encode_chatml(tokenizer, [user("hi")])[-2:]  # ChatML's own ids
+    assert before == tokenizer.encode("t")[0] and last == tokenizer.encode("\n")[0]
+    for token, n in (("<|user_end|>", before), ("<|tool_result_end|>", before), ("<|assistant_start|>", last)):
+        np.testing.assert_array_equal(new[tokenizer.special[token]], rows[n])
+        assert (head[tokenizer.special[token]] != rows[n]).all()  # what is read, not what is written
+
+
+def test_reply_headers_of_llama_3_and_of_a_base_without_a_template():
+    base = Tokenizer.load(GOLDEN / "tiny_llama")
+    names = {"<|end_header_id|>": 260, "<|eot_id|>": 261}
+    llama = SimpleNamespace(base_special=names, encode=lambda text: {"\n\n": [271]}[text])
+    assert reply_header(llama) == [260, 271]
+    assert reply_header(SimpleNamespace(base_special={"<|endoftext|>": 0}, encode=base.encode)) == []
 
 
 def test_a_base_with_few_control_tokens_grows(tmp_path):
