@@ -16,6 +16,7 @@ from soul import rows as row_files
 from soul.errors import UserError
 from soul.template import Template
 
+PACKING = "random order"  # a run's identity has it: another version must not go on with other batches
 CHUNK = 256  # supervised positions are padded to a multiple of what the head computes at once
 
 
@@ -102,10 +103,10 @@ def unframed(template: Template, item: Pair) -> Pair:
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Indices grouped so that each group's lengths sum to at most `capacity`: longest first, each into the fullest group that holds it."""
+    """Indices grouped so that each group's lengths sum to at most `capacity`: in the order given, each into the fullest group that holds it."""
     groups: list[list[int]] = []
     space: list[tuple[int, int]] = []  # (room left, group), sorted
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+    for index in range(len(lengths)):
         at = bisect_left(space, (lengths[index], -1))
         room, group = space.pop(at) if at < len(space) else (capacity, len(groups))
         if group == len(groups):
@@ -146,7 +147,10 @@ class Packed:
 
     @cached_property
     def blocks(self) -> list[list[list[int]]]:
-        units = best_fit([len(item) for item in self.items], self.length)
+        # not longest first, as best fit is mostly done: that puts rows of a kind beside each other, and two thirds of the quickstart's steps
+        # saw calls alone, so that its model never learned when not to call. Random order fills 99.0 % of the rows instead of 99.6
+        mixed = permutation((self.seed, len(self.items)), len(self.items)).tolist()
+        units = [[mixed[i] for i in unit] for unit in best_fit([len(self.items[i]) for i in mixed], self.length)]
         order = permutation((self.seed,), len(units))
         return [[units[i] for i in order[at : at + self.per_batch]] for at in range(0, len(units), self.per_batch)]
 

@@ -256,7 +256,7 @@ def reference_logprobs(run: Run, needed: Sequence[int], identity: dict) -> np.nd
 
     Kept in the run's directory under a key of weights, data, template, arithmetic and packing; a block that is not known yet is NaN there.
     """
-    settings = {name: identity["settings"][name] for name in ("length", "batch_rows", "seed", "compute", "lora", "held")}
+    settings = {name: identity["settings"][name] for name in ("length", "batch_rows", "packing", "seed", "compute", "lora", "held")}
     mesh = dict(run.programs.layout.mesh.shape) if run.programs.layout.mesh else {}
     key = sha256_json({**identity, "settings": settings, "jax": jax.__version__, "device": jax.devices()[0].device_kind, "mesh": mesh})
     path = run.file(f"reference-{key[:16]}.npy")

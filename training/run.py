@@ -24,7 +24,7 @@ from soul.errors import UserError
 from soul.files import read_json, write_json
 from soul.template import Template
 from training import preflight
-from training.data import Packed
+from training.data import PACKING, Packed
 from training.fit import Eval, Loop, TrainState, fit
 from training.mesh import Layout, join, make_mesh
 from training.optim import OptimConfig, adamw, schedule
@@ -201,7 +201,7 @@ def _check_identity(directory: Path, identity: dict) -> None:
 
 def identity_of(this: Setup, packed: Packed, more: dict) -> dict:
     settings = {name: value for name, value in asdict(this.config).items() if name not in UNTRAINED}
-    settings["compute"] = this.loaded.model.compute
+    settings |= {"compute": this.loaded.model.compute, "packing": PACKING}
     weights = hashlib.sha256()
     for leaf in jax.tree.leaves(nnx.split(this.loaded.model)[1]):
         weights.update(np.asarray(leaf))

@@ -110,6 +110,10 @@ def test_an_interrupted_run_resumes_to_the_same_bits(base, tuned, tmp_path, monk
         dpo.main(dpo.Config(out=tmp_path, data=(base / "preference.parquet",), train=DPO))
     with pytest.raises(UserError, match="other settings"):
         sft.main(sft_config(base, tmp_path, seed=1))
+    monkeypatch.setattr("training.run.PACKING", "longest first")  # a version whose batches were others
+    with pytest.raises(UserError, match="other settings"):
+        sft.main(sft_config(base, tmp_path))
+    monkeypatch.undo()
     assert sft.main(sft_config(base, tmp_path)) == 0
     assert same(params(tmp_path / "sft"), params(tuned / "sft"))
 

@@ -10,7 +10,7 @@ from soul import conversation as c
 from soul.errors import UserError
 from soul.rows import write_rows
 from training import losses
-from training.data import Packed, Pair, best_fit, example, load_rows, pair
+from training.data import Example, Packed, Pair, best_fit, example, load_rows, pair
 from training.programs import Programs, plain_logprobs
 
 T = 32
@@ -55,6 +55,18 @@ def test_every_supervised_token_appears_exactly_once_and_in_its_own_segment(seed
                 trained = block["targets"][real & (block["at"] // T == r) & np.isin(block["at"] % T + 1, where)]
                 seen.append((tuple(block["ids"][r, where]), tuple(trained)))
     assert sorted(seen) == sorted((tuple(e.ids), tuple(e.ids[e.mask == 1])) for e in kept)
+
+
+def test_short_and_long_rows_share_batches():
+    # packed longest first, no short row here meets a long one, and each step of one packed row follows one kind
+    examples = [Example(np.arange(n) % 7 + 20, np.ones(n, int), str(i)) for i, n in enumerate([30] * 40 + [6] * 120)]
+    packed = Packed.build(examples, 64, 1, 0)
+    units = [[len(packed.items[i]) for i in unit] for block in packed.blocks for unit in block]
+    assert sum(unit.count(6) for unit in units if 30 in unit) > 0.7 * 120
+    assert packed.tokens > 0.9 * 64 * packed.rows
+    assert {i for block in packed.blocks for unit in block for i in unit} == set(range(160))
+    other = Packed.build(examples, 64, 1, 1)
+    assert other.blocks != packed.blocks == Packed.build(examples, 64, 1, 0).blocks
 
 
 def test_batch_k_is_a_pure_function_of_seed_and_k():
