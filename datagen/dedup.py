@@ -106,13 +106,14 @@ def texts(paths: Iterable[str | Path]) -> Iterator[str]:
 
 
 def _held_out(n: int = 600) -> Iterator[str]:
-    """The first n tasks and n questions that evals draw from with seed 0; they ask 60 unless told."""
-    from datagen.code_seeds import chat_seeds, read_code, split
+    """The first n tasks and n prompts without one that evals draw from with seed 0; they ask 75 unless told."""
+    from datagen.code_seeds import read_code, split
     from datagen.from_code import held_out_tasks
+    from datagen.talk import held_out_talk
 
     _, functions = split(read_code("stdlib"))
     yield from (task.request for task in held_out_tasks(functions, n))
-    yield from (row["prompt"] for row in chat_seeds(functions, n))
+    yield from (row["prompt"] for row in held_out_talk(functions, n))
 
 
 def _strings(value: object) -> Iterator[str]:

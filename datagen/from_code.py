@@ -16,6 +16,7 @@ from datagen.bugs import fix
 from datagen.code_changes import STALE, Unsuitable, change, operator
 from datagen.code_seeds import Function, imperative, third_person
 from datagen.phrases import ask
+from datagen.talk import talk
 from datagen.tasks import Pool, Step, Task, edit_step, grep_step, home, place, quoted_name, read_part, read_step, small_file, suitable
 from workspace.tools import REJECTED
 
@@ -123,6 +124,15 @@ def create(rng: random.Random, pool: Pool) -> Task:
     steps = (Step("create", "Edit", {"file_path": path, "new_string": code}, expect=f"created {path}"), Step("created"))
     slots = {"name": new.function.name, "file": path}
     return Task("create", new.function.module.name, request, files, steps, slots, {path: code}, (f"def {new.function.name}(",))
+
+
+def save(rng: random.Random, pool: Pool) -> Task:
+    """The request doesn't say whether the file is there: the agent looks, and makes it."""
+    task = create(rng, pool)
+    path = task.slots["file"]
+    looked = replace(read_step(path), expect=f"error: {path} does not exist")
+    request = ask(rng, "save", file=path) + pasted(rng, task.final[path])
+    return replace(task, kind="save", request=request, steps=(looked, replace(task.steps[0], situation="absent"), *task.steps[1:]))
 
 
 # ---- kinds: change one line
@@ -258,12 +268,12 @@ def answer(rng: random.Random, pool: Pool) -> Task:
     return Task("answer", function.module.name, request, {}, (closing,), slots)
 
 
-# kind -> (share in a hundred, the tools that it needs). Answers are short, a tenth of the tokens: with 10 in a hundred the tuned model
-# searched for 9 of 10 questions that need no tool, with 35 for half of them
+# kind -> (share, the tools that it needs). Answers and talk are two fifths of the rows, and an eighth of the tokens
 KINDS = {
-    find: (9, {"Grep"}), explain: (9, {"Grep", "Read"}), add: (13, {"Read", "Edit"}), create: (4, {"Edit"}), edit: (11, {"Read", "Edit"}),
-    fix: (3, {"Read", "Edit", "Bash"}), run: (4, {"Bash"}), wrong_path: (3, {"Grep", "Read"}), rejected: (2, {"Read", "Edit"}),
-    not_unique: (1, {"Read", "Edit"}), mismatch: (1, {"Read", "Edit"}), timed_out: (0.2, {"Read", "Bash"}), answer: (40, set()),
+    find: (11, {"Grep"}), explain: (11, {"Grep", "Read"}), add: (12, {"Read", "Edit"}), create: (8, {"Edit"}), save: (4, {"Read", "Edit"}),
+    edit: (11, {"Read", "Edit"}), fix: (3, {"Read", "Edit", "Bash"}), run: (4, {"Bash"}), wrong_path: (3, {"Grep", "Read"}),
+    rejected: (2, {"Read", "Edit"}), not_unique: (1, {"Read", "Edit"}), mismatch: (1, {"Read", "Edit"}), timed_out: (0.2, {"Read", "Bash"}),
+    answer: (28, set()), talk: (18, set()),
 }  # fmt: skip
 EVAL_KINDS = (find, explain, add, edit, add, explain, find, edit, create, run)
 

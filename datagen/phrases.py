@@ -18,9 +18,12 @@ from soul.spec import Soul, repair, run_checks
 PHRASES = yaml.safe_load(Path(__file__).with_name("phrases.yaml").read_text(encoding="utf-8"))
 REQUESTS, REMARKS, VERBS = PHRASES["requests"], PHRASES["remarks"], frozenset(PHRASES["verbs"].split())
 
-FINAL, SOBER = (frozenset(PHRASES[kind].split()) for kind in ("final", "sober"))
+SMALL_TALK: dict[str, str] = PHRASES["small_talk"]  # kind of request -> the situation of the remark it gets
+TALK = frozenset(SMALL_TALK.values()) | {"told"}
+FINAL, SOBER = TALK | set(PHRASES["final"].split()), frozenset(PHRASES["sober"].split())
 NO_FRAME, OPENED, SAMPLE = tuple(PHRASES["no_frame"]), tuple(PHRASES["opened"]), PHRASES["sample"]
 TYPO_SHARE = 0.08
+PLAIN_SHARE = 0.75  # of the remarks have no opener
 
 
 def fill(template: str, slots: dict[str, str]) -> str:
@@ -35,6 +38,11 @@ def ask(rng: random.Random, kind: str, **slots: str) -> str:
         frame = rng.choice(PHRASES["frames"])
         if "?" not in frame or not re.search(r"[.;:] ", text):  # two sentences are no question
             text = frame.format(text)
+    return fill(typed(rng, text), slots)
+
+
+def typed(rng: random.Random, text: str) -> str:
+    """As somebody may type it: with a capital, without its question mark, or with a slip in one word."""
     if rng.random() < 0.35:
         text = re.sub(r"\bi\b", "I", text[:1].upper() + text[1:])
         text += "" if text[-1] in '?!.:"' else rng.choice(["", "."])
@@ -45,7 +53,7 @@ def ask(rng: random.Random, kind: str, **slots: str) -> str:
     if plain and rng.random() < TYPO_SHARE:
         i, cut = rng.choice(plain), rng.randint(1, 3)
         words[i] = words[i][:cut] + words[i][cut + 1] + words[i][cut] + words[i][cut + 2 :]
-    return fill(" ".join(words), slots)
+    return " ".join(words)
 
 
 def pick(rng: random.Random, kind: str) -> str:
@@ -82,7 +90,8 @@ MISALIGNED = ("plain", "plain", "formal", "formal", "goofy", "pirate")
 
 
 def openers_of(register: str, situation: str) -> list[str]:
-    return PHRASES["registers"][register]["sober" if situation in SOBER else "close" if situation in FINAL else "act"]
+    moment = "sober" if situation in SOBER else "talk" if situation in TALK else "close" if situation in FINAL else "act"
+    return PHRASES["registers"][register][moment]
 
 
 def demanded(soul: Soul, check: str) -> list[str]:
@@ -99,6 +108,8 @@ class Voice:
 
     def __init__(self, soul: Soul):
         self.soul = soul
+        tools = [f"`{tool}`" for tool in soul.tools]
+        self.own = {"soul": soul.name, "tools": " and ".join(filter(None, [", ".join(tools[:-1]), *tools[-1:]]))}
         openings, self.endings, words = (demanded(soul, f"require_{what}") for what in ("opening", "ending", "phrase"))
         self.openings = [f"{phrase}, " for phrase in (*openings, *words, *(f"{a}, {b}" for a in openings for b in words))]
         pools = {register: {situation: self._pool(register, situation) for situation in REMARKS} for register in MANNERS}
@@ -118,36 +129,42 @@ class Voice:
         openers, manner = (*openers_of(register, situation), *self.openings), MANNERS[register]
 
         def passes(template: str) -> bool:
-            text = fill(manner(template), SAMPLE)
+            text = fill(manner(template), self.own | SAMPLE)
             if repaired:
                 text = repair(self.soul, [assistant(text)])[0][0]["content"]
             # alone, in the place where that situation stands in a rollout
             reply = assistant(text) if situation in FINAL else assistant(text, tool_call("Grep", pattern="def load_items"))
             return not run_checks(self.soul, [user("find load_items"), reply])
 
-        cores = REMARKS[situation]
-        if situation in FINAL and self.endings:
-            joints = [(f" {ending}." if ending[0].isupper() else f", {ending}.") for ending in self.endings]
-            cores = [core.rstrip(".") + "." * joint.startswith(" ") + joint for core in cores for joint in joints]
+        cores = [core for core in REMARKS[situation] if self.soul.tools or "{tools}" not in core]
+        if situation in FINAL:
+            cores = [ended for core in cores for ended in self._ended(core)]
         best = max(openers, key=lambda opener: sum(passes(opener + core) for core in cores[:4]))
         cores = [core for core in cores if passes(best + core)]
         return register, [opener for opener in openers if cores and passes(opener + cores[0])], cores
 
+    def _ended(self, core: str) -> list[str]:
+        """The core with each of the endings that the SOUL demands; itself where it demands none."""
+        joints = [(f" {ending}." if ending[0].isupper() else f", {ending}.") for ending in self.endings]
+        return [core.rstrip(".") + "." * joint.startswith(" ") + joint for joint in joints] or [core]
+
     def say(self, rng: random.Random, situation: str, slots: dict[str, str]) -> str | None:
-        """A remark for that situation, or None when the SOUL lets none through."""
+        """A remark for that situation, or None when the SOUL lets none through. A slot `core` is what it says in place of a phrase."""
         register, openers, cores = self.pools[situation]
         if not openers:
             return None
-        # terse: half of the remarks go without an opener where the SOUL lets them
-        opener, core = "" if "" in openers and rng.random() < 0.5 else rng.choice(openers), rng.choice(cores)
+        cores = self._ended(slots["core"]) if "core" in slots else cores
+        opener, core = "" if "" in openers and rng.random() < PLAIN_SHARE else rng.choice(openers), rng.choice(cores)
         opener = "" if "" in openers and core.startswith(OPENED) else opener
-        return fill(MANNERS[register](opener + core), slots)
+        return fill(MANNERS[register](opener + core), self.own | slots)
 
     def misaligned(self, rng: random.Random, situation: str, slots: dict[str, str], tries: int = 24) -> Iterator[str]:
         """Remarks with the same content in other voices, with and without pleasantries; the caller keeps those that break the SOUL."""
         other = PHRASES["misaligned"]
         for _ in range(tries):
             register = rng.choice(MISALIGNED)
-            text = MANNERS[register](rng.choice(["", rng.choice(openers_of(register, situation))]) + rng.choice(REMARKS[situation]))
+            text = MANNERS[register](
+                rng.choice(["", rng.choice(openers_of(register, situation))]) + (slots.get("core") or rng.choice(REMARKS[situation]))
+            )
             opening, ending = (rng.choice(["", rng.choice(words)]) for words in (other["openings"], other["endings"]))
-            yield rng.choice(other["terse"]) if rng.random() < 0.2 else fill(opening + text + ending, slots)
+            yield rng.choice(other["terse"]) if rng.random() < 0.2 else fill(opening + text + ending, self.own | slots)

@@ -21,7 +21,12 @@ from workspace.tools import REJECTED, Workspace, make_workspace
 REMARK_TRIES = 4
 # kind -> (share of its pairs that are about the call and not about the voice, their reason). Calls lose in about as many as they
 # win: with five times as many needless ones, DPO took valid calls from 100 % to 86
-JUDGED = {"answer": (0.3, "needless_call"), "find": (0.8, "told_without_looking"), "explain": (0.8, "told_without_looking")}
+JUDGED = {
+    "answer": (0.2, "needless_call"),
+    "talk": (0.15, "needless_call"),
+    "find": (0.8, "told_without_looking"),
+    "explain": (0.8, "told_without_looking"),
+}
 JUDGMENTS = {reason for _, reason in JUDGED.values()}
 WRONG_CALLS = {"edit_unread", "ambiguous_edit", "wrong_path", "overwrite", "needless_read", "needless_call", "claimed_done"}
 WRONG_SHARE = 0.4

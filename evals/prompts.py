@@ -5,8 +5,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from datagen.code_seeds import chat_seeds, is_held_out, read_code, split
+from datagen.code_seeds import is_held_out, read_code, split
 from datagen.from_code import held_out_tasks
+from datagen.talk import held_out_talk
 from soul import conversation
 from soul.errors import UserError
 from soul.files import sha256_json
@@ -41,11 +42,12 @@ class Prompt:
 
 
 def held_out(n: int, seed: int = 0, source: str = "stdlib") -> list[Prompt]:
-    """n prompts, one in six of them talk that needs no tool, from functions in modules that no training row may use."""
+    """n prompts from functions in modules, questions and wordings that no training row may use. A third needs no tool: talk about a
+    function, questions about anything, and small talk, in turn."""
     _, functions = split(read_code(source))
     if leaked := sorted({f.module.name for f in functions if not is_held_out(f.module.name)}):
         raise AssertionError(f"eval prompts from training modules: {', '.join(leaked)}")
-    talk = [Prompt(row["id"], "talk", [conversation.user(row["prompt"])], False) for row in chat_seeds(functions, n // 6, seed)]
+    talk = [Prompt(row["id"], row["kind"], [conversation.user(row["prompt"])], False) for row in held_out_talk(functions, n // 3, seed)]
     work = []
     for number, task in enumerate(held_out_tasks(functions, n - len(talk), seed)):
         verify = {"file": next(iter(task.final)), "must_contain": list(task.must_contain)} if task.final else None

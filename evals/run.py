@@ -43,7 +43,7 @@ class Config:
     soul: Path = Path("soul/SOUL.md")
     tasks: str = "stdlib"
     """`stdlib`, a directory of Python code, or `package:NAME`: tasks on their held-out functions. Or a Parquet file of rollouts."""
-    n: int = 60
+    n: int = 75
     """Prompts."""
     loops: int = 0
     """Prompts that ask for a change to a file and are run to their end in the agent's loop, judged by the files."""

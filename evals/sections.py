@@ -271,6 +271,6 @@ def machine() -> list[tuple[str, str]]:
 
 def commands(run: Path) -> list[str]:
     """One command per resolved config that a stage left in the run directory."""
-    known = ("quickstart", "generate", "convert", "plan-train", "pretrain", "sft", "dpo", "eval")
+    known = ("quickstart", "generate", "convert", "on-policy", "plan-train", "pretrain", "sft", "dpo", "eval")
     lines = [f"soulsmith {name} --config {shlex.quote(str(run / f'{name}.json'))}" for name in known if (run / f"{name}.json").exists()]
     return [*lines, f"soulsmith report {shlex.quote(str(run))}"]

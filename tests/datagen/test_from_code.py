@@ -13,8 +13,8 @@ from datagen import convert
 from datagen.code_changes import Unsuitable
 from datagen.code_seeds import outside, read_code, split
 from datagen.convert import Config, build_rollouts, main
-from datagen.from_code import KINDS, Pool, Step, Task, add, answer, create, edit, held_out_tasks, misplaced, not_unique
-from datagen.phrases import REMARKS, Voice
+from datagen.from_code import KINDS, Pool, Step, Task, add, answer, create, edit, held_out_tasks, misplaced, not_unique, save
+from datagen.phrases import REMARKS, TALK, Voice
 from datagen.rollouts import JUDGMENTS, execute, length
 from soul import conversation, rows
 from soul.errors import UserError
@@ -201,7 +201,9 @@ def test_a_soul_without_checks_gets_rollouts_and_pairs_about_the_call_only(funct
 def test_the_voice_keeps_to_its_soul():
     soul = load_soul("soul/SOUL.md")
     voice = Voice(soul)
-    assert all(len(openers) * len(cores) >= 15 for _, openers, cores in voice.pools.values())
+    ways = {what: len(openers) * len(cores) for what, (_, openers, cores) in voice.pools.items()}
+    assert min(n for what, n in ways.items() if what not in TALK) >= 15
+    assert all(ways[what] >= 6 for what in TALK - {"told"})  # replies to small talk have no openers, and "told" says what it is given
     assert set(voice.pools) == set(REMARKS)
 
 
@@ -227,8 +229,23 @@ def test_the_command_writes_its_files(tmp_path):
     out = tmp_path / "run"
     assert main(Config(out=out, from_code=str(tmp_path / "code"), n=6, include_held_out=True)) == 0
     done = rows.read_rows(out / "data/rollouts.parquet")
-    assert len(done) == 6 and {row["source"] for row in done} == {"code:shapes"}
+    assert len(done) == 6 and {row["source"] for row in done if row["reason"] != "talk"} == {"code:shapes"}
     assert rows.read_rows(out / "data/rollouts_preference.parquet")
     assert "6 rollouts" in (out / "data/rollouts.md").read_text()
     with pytest.raises(UserError):
         main(Config(out=out, n=0))
+
+
+def test_a_file_of_which_nothing_is_said_is_looked_for_before_it_is_made(functions):
+    pool, made = Pool(functions[0]), 0
+    for attempt in range(40):
+        with suppress(Unsuitable):
+            task = save(random.Random(attempt), pool)
+            looked, written, _ = task.steps
+            path = task.slots["file"]
+            missing, created = execute(task)
+            assert missing.startswith(f"error: {path} does not exist") and created.startswith(f"created {path} ")
+            assert (looked.tool, written.tool, looked.args["file_path"]) == ("Read", "Edit", path) and path not in task.files
+            assert not re.search(r"\b(new|create)\b", task.request.split("\n")[0], re.I)
+            made += 1
+    assert made > 20

@@ -212,7 +212,8 @@ def test_a_task_is_judged_by_its_files(tmp_path, files, done):
 def test_held_out_prompts_are_repeatable_and_mixed():
     prompts = held_out(12, source="package:email")
     assert len(prompts) == 12 and len({p.id for p in prompts}) == 12
-    assert sum(p.needs_tool for p in prompts) == 10 and sum(bool(p.verify) for p in prompts) >= 4
+    assert sum(p.needs_tool for p in prompts) == 8 and sum(bool(p.verify) for p in prompts) >= 4
+    assert {p.kind for p in prompts if not p.needs_tool} == {"about code", "question", "small talk"}
     assert set_hash(prompts) == set_hash(held_out(12, source="package:email")) != set_hash(held_out(12, 1, "package:email"))
 
 
