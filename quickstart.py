@@ -35,17 +35,19 @@ class Config:
     """The model to tune."""
     teacher: str = "local:smollm2-135m"
     """Who drafts and revises the chat rows: local:NAME, openrouter:MODEL, or http://HOST:PORT/v1#MODEL."""
-    chat_seeds: int = 32
+    chat_seeds: int = 24
     """Requests for generate, critique, revise."""
-    rollouts: int = 640
+    rollouts: int = 720
     """Tool rollouts made from the Python installation's own functions."""
-    sft_tokens: int = 100_000
+    own_replies: int = 180
+    """Replies of the model after SFT, of which those that err about calling make preference pairs."""
+    sft_tokens: int = 96_000
     """Tokens of supervised fine-tuning."""
-    dpo_tokens: int = 24_000
+    dpo_tokens: int = 18_000
     """Tokens of preference tuning, both branches counted."""
     length: int = 640
     """Tokens per packed row; half of it for preference tuning, which holds two rows at a time."""
-    prompts: int = 60
+    prompts: int = 75
     """Held-out prompts of the evals."""
     loops: int = 12
     """Held-out prompts that are run to their end through the agent, judged by the files."""
@@ -100,6 +102,7 @@ def stages(config: Config, soul: Soul) -> list[Stage]:
     """The stages in order, with the settings that each command gets."""
     from datagen.convert import Config as Convert
     from datagen.generate import Config as Generate
+    from datagen.on_policy import Config as OnPolicy
     from datagen.recipes.critique_revise import CritiqueRevise
     from evals.report import Config as Report
     from evals.run import Config as Eval
@@ -121,12 +124,14 @@ def stages(config: Config, soul: Soul) -> list[Stage]:
         ),
     )  # fmt: skip
     convert = Convert(soul=config.soul, out=out, n=config.rollouts, seed=config.seed)
+    own = OnPolicy(out=out, soul=config.soul, n=config.own_replies, seed=config.seed)
     sft = Sft(
         out=out, model=config.base, data=(data / "sft.parquet", data / "rollouts.parquet"),
-        train=TrainConfig(length=config.length, batch_rows=1, epochs=10.0, max_tokens=config.sft_tokens, seed=config.seed, optim=OptimConfig(lr=3e-4)),
+        train=TrainConfig(length=config.length, batch_rows=1, epochs=10.0, max_tokens=config.sft_tokens, seed=config.seed, optim=OptimConfig(lr=2e-4)),
     )  # fmt: skip
     dpo = Dpo(
-        out=out, data=(data / "preference.parquet", data / "rollouts_preference.parquet"), nll=0.2,
+        # not convert's pairs: SFT has the voice already, and they made needless calls oftener (docs/preference.md)
+        out=out, data=(data / "preference.parquet", data / "on_policy_preference.parquet"), nll=0.2,
         train=TrainConfig(length=config.length // 2, batch_rows=1, epochs=1.0, max_tokens=config.dpo_tokens, seed=config.seed, optim=OptimConfig(lr=1e-5, warmup=0.1)),
     )  # fmt: skip
     evals = Eval(model=config.base, soul=config.soul, n=config.prompts, loops=config.loops, out=out, seed=config.seed)
@@ -138,7 +143,7 @@ def stages(config: Config, soul: Soul) -> list[Stage]:
     def prefer() -> int:
         if any(read_rows(path) for path in dpo.data):
             return run_command("dpo", dpo, out)
-        console.print(plain("no preference pairs: none of this SOUL's checks tells two replies apart, so this stage is left out"))
+        console.print(plain("no preference pairs, neither from drafts nor from the model's own replies, so this stage is left out"))
         return 0
 
     def command(name: str, title: str, minutes: float, settings: object, *makes: str) -> Stage:
@@ -151,7 +156,8 @@ def stages(config: Config, soul: Soul) -> list[Stage]:
         command("generate", "generate, critique, revise", 2.0, generate, "data/sft.parquet", "data/preference.parquet"),
         command("convert", "tool rollouts, really executed", 0.2, convert, "data/rollouts.parquet", "data/rollouts_preference.parquet"),
         command("sft", "supervised fine-tuning", 6.0, sft, "sft"),
-        Stage("dpo", "preference tuning", 2.0, config_to_json(dpo), prefer, ("dpo",)),
+        command("on-policy", "the tuned model's own replies, for pairs", 1.0, own, "data/on_policy_preference.parquet"),
+        Stage("dpo", "preference tuning", 1.2, config_to_json(dpo), prefer, ("dpo",)),
         Stage("eval", "evals on held-out prompts, before and after", 3.5, config_to_json(evals), evaluate, ("evals",)),
         command("report", "the report", 0.1, Report(run=out)),
     ]

@@ -28,6 +28,7 @@ COMMANDS = {  # name: (module, help)
     "chaos": ("datagen.chaos", "a pretend teacher on loopback that fails as told, to try a run without paying"),
     "convert": ("datagen.convert", "executed tool rollouts from code, instruct datasets or edits"),
     "rollouts": ("datagen.long_rollouts", "a teacher plays agent and user on projects that it wrote, tools really executed"),
+    "on-policy": ("datagen.on_policy", "preference pairs from a tuned model's own needless and missing calls"),
     "replay": ("datagen.replay", "execute every call of a dataset again and compare byte for byte"),
     "show": ("datagen.show", "print rows of a dataset readably"),
     "tokenizer": ("training.tokenizer", "train a byte-level BPE tokenizer, and measure how it compresses"),
@@ -41,7 +42,9 @@ COMMANDS = {  # name: (module, help)
     "chat": ("agent.chat", "talk to a model that can Read, Edit, Grep and Bash, with your permission"),
 }
 VERSION = "0.1.0"
-USES_MODEL = ("quickstart", "generate", "plan", "seeds", "rollouts", "convert", "plan-train", "pretrain", "sft", "dpo", "eval", "chat")
+USES_MODEL = (
+    "quickstart", "generate", "plan", "seeds", "rollouts", "convert", "on-policy", "plan-train", "pretrain", "sft", "dpo", "eval", "chat",
+)  # fmt: skip
 
 
 def entry() -> int:

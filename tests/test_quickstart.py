@@ -18,7 +18,7 @@ from model.transformer import param_table
 
 ROOT = Path(__file__).parent.parent
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<extra_{n}>" for n in range(17))]
-SMALL = ["--chat-seeds", "2", "--rollouts", "8", "--sft-tokens", "900", "--dpo-tokens", "900", "--prompts", "6", "--loops", "1"]
+SMALL = ["--chat-seeds", "2", "--rollouts", "8", "--sft-tokens", "900", "--dpo-tokens", "900", "--prompts", "6", "--loops", "1", "--own-replies", "6"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -66,12 +66,11 @@ def test_from_soul_to_report_stopped_and_resumed(tmp_path, base):
     assert done.returncode == 0, done.stderr
     assert "generate, critique, revise: done before" in done.stderr
     stages = {entry["name"]: entry for entry in json.loads((out / "stages.json").read_text())}
-    assert list(stages) == ["seeds", "generate", "convert", "sft", "dpo", "eval", "report"] and all(
+    assert list(stages) == ["seeds", "generate", "convert", "sft", "on-policy", "dpo", "eval", "report"] and all(
         entry["done"] for entry in stages.values()
     )
-    first = json.loads((out / "dpo" / "metrics.jsonl").read_text().splitlines()[0])
-    assert first["margin"] == 0.0 and first["accuracy"] == 0.5
-    assert {path.stem for path in (out / "evals").glob("*.json")} == {"base", "base-chat", "sft", "dpo"}
+    assert "no preference pairs" in done.stderr and not (out / "dpo").exists()  # random weights give no readable reply
+    assert {path.stem for path in (out / "evals").glob("*.json")} == {"base", "base-chat", "sft"}
     assert "moss" in (out / "report.html").read_text() and (out / "report.md").exists()
 
     again = subprocess.run(resume, cwd=ROOT, env=environment, capture_output=True, text=True)
