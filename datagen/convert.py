@@ -220,12 +220,12 @@ def collect(results: Iterable[Attempt], n: int, on_row=None) -> tuple[list[dict]
     done, pairs, dropped, seen, tried = [], [], Counter(), set(), 0
     for kind, reason, row, pair in results:
         tried += 1
-        if row and row["messages"][0]["content"] in seen:
+        if row and identity(row["messages"]) in seen:
             reason, row = "duplicate request", None
         if row is None:
             dropped[f"{kind}: {reason}"] += 1
             continue
-        seen.add(row["messages"][0]["content"])
+        seen.add(identity(row["messages"]))
         done.append(row)
         if pair:
             pairs.append(pair)
@@ -234,6 +234,12 @@ def collect(results: Iterable[Attempt], n: int, on_row=None) -> tuple[list[dict]
         if len(done) == n:
             break
     return done, pairs, {"wanted": n, "attempts": tried, "dropped": dict(sorted(dropped.items()))} | counts(done, pairs)
+
+
+def identity(messages: list[dict]) -> tuple[str, ...]:
+    """What makes a row another one: its requests, and where nothing is called the replies too: there are many to "hi"."""
+    told = {"user"} if any(message.get("tool_calls") for message in messages) else {"user", "assistant"}
+    return tuple(message["content"] for message in messages if message["role"] in told)
 
 
 def counts(done: list[dict], pairs: list[dict]) -> dict:

@@ -16,8 +16,22 @@ from datagen.bugs import fix
 from datagen.code_changes import STALE, Unsuitable, change, operator
 from datagen.code_seeds import Function, imperative, third_person
 from datagen.phrases import ask
-from datagen.talk import talk
-from datagen.tasks import Pool, Step, Task, edit_step, grep_step, home, place, quoted_name, read_part, read_step, small_file, suitable
+from datagen.talk import AFTER, BEFORE, talk
+from datagen.tasks import (
+    Pool,
+    Step,
+    Task,
+    edit_step,
+    grep_step,
+    home,
+    joined,
+    place,
+    quoted_name,
+    read_part,
+    read_step,
+    small_file,
+    suitable,
+)
 from workspace.tools import REJECTED
 
 # ---- kinds: find, explain
@@ -268,12 +282,27 @@ def answer(rng: random.Random, pool: Pool) -> Task:
     return Task("answer", function.module.name, request, {}, (closing,), slots)
 
 
-# kind -> (share, the tools that it needs). Answers and talk are two fifths of the rows, and an eighth of the tokens
+WORK = {find: 2, explain: 2, add: 2, create: 1, edit: 2, run: 1}
+
+
+def turns(rng: random.Random, pool: Pool) -> Task:
+    """Two requests, one after the other: work and then talk or more work, or talk first."""
+    order = rng.choices(["work talk", "talk work", "work work", "talk talk"], [4, 3, 4, 1])[0].split()
+    parts = []
+    for what, among in zip(order, (BEFORE, AFTER), strict=True):
+        if what == "work":
+            parts.append(rng.choices(list(WORK), list(WORK.values()))[0](rng, pool))
+        else:
+            parts.append(answer(rng, pool) if rng.random() < 0.2 else talk(rng, among=among))
+    return joined(*parts)
+
+
+# kind -> (share, the tools that it needs)
 KINDS = {
-    find: (11, {"Grep"}), explain: (11, {"Grep", "Read"}), add: (12, {"Read", "Edit"}), create: (8, {"Edit"}), save: (4, {"Read", "Edit"}),
-    edit: (11, {"Read", "Edit"}), fix: (3, {"Read", "Edit", "Bash"}), run: (4, {"Bash"}), wrong_path: (3, {"Grep", "Read"}),
+    find: (10, {"Grep"}), explain: (11, {"Grep", "Read"}), add: (11, {"Read", "Edit"}), create: (7, {"Edit"}), save: (4, {"Read", "Edit"}),
+    edit: (10, {"Read", "Edit"}), fix: (3, {"Read", "Edit", "Bash"}), run: (4, {"Bash"}), wrong_path: (3, {"Grep", "Read"}),
     rejected: (2, {"Read", "Edit"}), not_unique: (1, {"Read", "Edit"}), mismatch: (1, {"Read", "Edit"}), timed_out: (0.2, {"Read", "Bash"}),
-    answer: (28, set()), talk: (18, set()),
+    answer: (20, set()), talk: (27, set()), turns: (36, set()),
 }  # fmt: skip
 EVAL_KINDS = (find, explain, add, edit, add, explain, find, edit, create, run)
 

@@ -1,7 +1,7 @@
 """`soulsmith on-policy`: preference pairs from a tuned model's own replies, where it calls without need or tells without a look.
 
 The pairs that `convert` writes are easy: their rejected sides come from templates, and the model hardly ever says such things. Here it
-answers the first turn of rollouts itself; where it decides otherwise than they about calling at all, its reply is rejected and theirs chosen.
+answers requests of rollouts itself; where it decides otherwise than they about calling at all, its reply is rejected and theirs chosen.
 """
 
 import itertools
@@ -25,7 +25,7 @@ MOST = 3  # times as many pairs of one reason as of the other: with 5 against a 
 
 @dataclass(frozen=True)
 class Config:
-    """Let a tuned model answer rollouts' first turns; where it errs about calling, write its reply against theirs."""
+    """Let a tuned model answer the requests of rollouts; where it errs about calling, write its reply against theirs."""
 
     out: Path = Path("runs/code")
     """The run directory; writes data/on_policy_preference.parquet there."""
@@ -35,7 +35,7 @@ class Config:
     """Rollouts to ask about; without any, OUT/data/rollouts.parquet."""
     soul: Path = Path("soul/SOUL.md")
     n: int = 200
-    """Prompts, three in five of them (while there are so many) with a call in the rollout's first reply."""
+    """Prompts, three in five of them (while there are so many) with a call in the rollout's own reply."""
     temperature: float = 0.8
     max_new: int = 96
     """Most tokens in a reply; what is longer makes no pair."""
@@ -62,7 +62,7 @@ def main(config: Config) -> int:
 
 
 def replies(rows: list[dict], config: Config) -> list[tuple[dict, Parsed, bool]]:
-    """(row, the model's reply to its request, whether it ended by itself) of each row whose request leaves room for a reply."""
+    """(row, the model's reply in place of its last message, whether it ended by itself) of each row that leaves room for one."""
     from model.load import find, load_model
     from model.ops import enable_compile_cache
     from model.sampler import Sampler
@@ -70,7 +70,7 @@ def replies(rows: list[dict], config: Config) -> list[tuple[dict, Parsed, bool]]
     enable_compile_cache()
     loaded = load_model(find(config.model or config.out / "sft"))
     template, sampler = Template(loaded.tokenizer), Sampler(loaded.model, loaded.tokenizer, batch=config.batch)
-    prompts = [template.encode(row["messages"][:1], prompt=True).ids for row in rows]
+    prompts = [template.encode(row["messages"][:-1], prompt=True).ids for row in rows]
     fits = [i for i, prompt in enumerate(prompts) if len(prompt) + config.max_new <= sampler.max_len]
     with progress("its own replies", len(fits), "replies") as update:
         count = itertools.count(1)
@@ -82,18 +82,21 @@ def replies(rows: list[dict], config: Config) -> list[tuple[dict, Parsed, bool]]
 
 
 def choose(rows: list[dict], n: int, seed: int) -> list[dict]:
-    """n rows that begin with a request and a reply, three in five of them with a call in it while there are so many, in random order."""
-    rows = [row for row in rows if [m["role"] for m in row.get("messages", ())[:2]] == ["user", "assistant"]]
-    if not rows:
-        raise UserError(
-            "no rollout begins with a request and a reply", fix="Name files of chat rows with --data; `soulsmith convert` makes some."
-        )
+    """n rows, each up to the first reply to a request of it, drawn where there are more; three in five of those replies have a call
+    while there are so many. In random order."""
+    rng, cut = random.Random(f"on-policy:{seed}"), []
     for row in rows:
-        if problems := validate(row["messages"][:2]):
+        roles = [message["role"] for message in row.get("messages", ())]
+        if places := [i for i, pair in enumerate(itertools.pairwise(roles)) if pair == ("user", "assistant")]:
+            cut.append(row | {"messages": row["messages"][: rng.choice(places) + 2]})
+    if not cut:
+        raise UserError("no rollout has a request and a reply", fix="Name files of chat rows with --data; `soulsmith convert` makes some.")
+    for row in cut:
+        if problems := validate(row["messages"]):
             raise UserError(problems[0], where=f"row {row['id']}")
-    random.Random(f"on-policy:{seed}").shuffle(rows)
-    with_call = [row for row in rows if calls_of(row["messages"][1])]
-    without = [row for row in rows if not calls_of(row["messages"][1])]
+    rng.shuffle(cut)
+    with_call = [row for row in cut if calls_of(row["messages"][-1])]
+    without = [row for row in cut if not calls_of(row["messages"][-1])]
     most = max(n - len(without), min(len(with_call), round(WITH_CALL * n)))
     chosen = [*with_call[:most], *without[: n - most]]
     random.Random(f"on-policy:{seed}:order").shuffle(chosen)
@@ -113,12 +116,12 @@ def balanced(pairs: list[dict]) -> list[dict]:
 
 
 def judge(row: dict, parsed: Parsed, finished: bool, soul: Soul) -> tuple[str, dict | None]:
-    """(what the reply is, beside the rollout's own first reply; a preference row where it errs about calling).
+    """(what the reply is, beside the rollout's own, its last message; a preference row where it errs about calling).
 
     A reply that is empty, cut or misplaces control tokens makes no pair: whether it called is not the question there. Nor does one whose chosen side
     would break the SOUL.
     """
-    prompt, right, own = row["messages"][:1], row["messages"][1], parsed.messages[0]
+    prompt, right, own = row["messages"][:-1], row["messages"][-1], parsed.messages[0]
     if not finished or parsed.problems or not (own["content"].strip() or calls_of(own)):
         return "unreadable", None
     if bool(calls_of(right)) == bool(calls_of(own)):

@@ -85,9 +85,9 @@ def speak(task: Task, results: list[str], voice: Voice, rng: random.Random) -> t
                 raise Unsuitable(f"no remark passes the SOUL: {step.situation}")
             if step.tool:
                 messages += [assistant(text, tool_call(step.tool, **step.args)), tool(next(left))]
-                messages += [user(step.reply)] if step.reply else []
             else:
                 messages.append(assistant(text + step.body))
+            messages += [user(step.reply)] if step.reply else []
         messages, repaired = repair(voice.soul, messages)
         faults = run_checks(voice.soul, messages)
         if not faults:

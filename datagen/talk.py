@@ -15,7 +15,11 @@ from datagen.code_seeds import Function, chat_seeds, is_held_out
 from datagen.phrases import REQUESTS, SMALL_TALK, typed
 from datagen.tasks import Step, Task
 
-ITSELF = {"who": 8, "able": 4}  # how much oftener than other talk: the base knows how to greet, but not the SOUL's name and tools
+# how often talk is of which kind: the base knows how to greet, but not the SOUL's name and tools, and "hi" is what people say first
+USUAL = dict.fromkeys(SMALL_TALK, 1) | {"who": 8, "able": 4, "greet": 3, "thank": 2}
+BEFORE = {"greet": 6, "who": 1, "able": 2, "mood": 2, "stuck": 1}  # in a conversation that goes on
+AFTER = {"thank": 4, "leave": 3, "hold": 3, "mood": 1}
+ITSELF, BRIGHT = {"who", "able"}, {"greet", "thank", "leave"}
 LEADS = ("", "", "hey, ", "hi! ", "so, ", "wait, ", "ok, ", "just curious: ")
 QUESTIONS: dict[str, str] = yaml.safe_load(Path(__file__).with_name("questions.yaml").read_text(encoding="utf-8"))
 
@@ -32,15 +36,17 @@ def asked(held_out: bool) -> list[str]:
     return [question for question in QUESTIONS if is_held_out(question) == held_out]
 
 
-def talk(rng: random.Random, _pool: object = None) -> Task:
-    """Small talk or a question, and its reply. The Voice knows the agent's name and tools."""
-    if rng.random() < 0.5:
+def talk(rng: random.Random, _pool: object = None, among: dict[str, int] | None = None) -> Task:
+    """Small talk or a question, and its reply; small talk alone, of these kinds in these shares, where `among` is given.
+    The Voice knows the agent's name and tools."""
+    if not among and rng.random() < 0.5:
         words = rng.choice(asked(False))
         step = Step("told", slots={"core": QUESTIONS[words]})
     else:
-        known = said(False)
-        ((words, kind),) = rng.choices(known, [ITSELF.get(kind, 1) for _, kind in known])
-        words, step = rng.choice(LEADS if kind in ITSELF else [""]) + words, Step(SMALL_TALK[kind])
+        known = [(words, kind, weight) for words, kind in said(False) if (weight := (among or USUAL).get(kind))]
+        ((words, kind, _),) = rng.choices(known, [weight for _, _, weight in known])
+        lead = rng.choice(LEADS) if kind in ITSELF and not among else ""
+        words, step = lead + words + rng.choice(["", "", "!"] if kind in BRIGHT and words[-1].isalpha() else [""]), Step(SMALL_TALK[kind])
     longest = max(re.findall(r"\w+", words), key=len)  # what a needless search would look for
     return Task("talk", "made", typed(rng, words), {}, (step,), {"name": longest})
 

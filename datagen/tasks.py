@@ -3,7 +3,7 @@
 import random
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from datagen.code_changes import Unsuitable
@@ -18,7 +18,7 @@ READ_LIMIT = 12
 @dataclass(frozen=True)
 class Step:
     """A remark of that situation, `body` after it and, unless it closes, the call that it announces. `expect` must be in its result.
-    `reply`: what the person says to the result; `narrow`: of an old_string the part that changes, which may not be unique."""
+    `reply`: what the person says next, to the result or to the remark that closes; `narrow`: of an old_string the part that changes, which may not be unique."""
 
     situation: str
     tool: str = ""
@@ -43,6 +43,22 @@ class Task:
     slots: dict[str, str]
     final: dict[str, str] = field(default_factory=dict)
     must_contain: tuple[str, ...] = ()
+
+
+def joined(first: Task, second: Task) -> Task:
+    """Both requests in one conversation and one workspace. Raises Unsuitable where one's files would change what the other finds."""
+    for one, other in ((first, second), (second, first)):
+        theirs, name = other.files | other.final, one.slots.get("name")
+        if {Path(path).name for path in one.files | one.final} & {Path(path).name for path in theirs}:
+            raise Unsuitable("both have a file of that name")
+        listed = one.kind == "run_list" and theirs
+        if listed or (one.files and name and any(name in text for text in theirs.values())):
+            raise Unsuitable("one would find the other's")
+    spoken = [replace(step, slots=task.slots | step.slots) for task in (first, second) for step in task.steps]
+    spoken[len(first.steps) - 1] = replace(spoken[len(first.steps) - 1], reply=second.request)
+    files, final, told = first.files | second.files, first.final | second.final, (*first.must_contain, *second.must_contain)
+    source = first.source if first.files else second.source
+    return Task("turns", source, first.request, dict(sorted(files.items())), tuple(spoken), {}, final, told)
 
 
 @dataclass(frozen=True)

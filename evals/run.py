@@ -11,7 +11,7 @@ from evals.judge import ALL, COLUMNS, judge_call, judge_soul, parse_chat_reply, 
 from evals.prompts import Prompt, chat_prompt, from_rows, held_out, overlap, set_hash
 from evals.sections import cell, metric_names
 from evals.stats import Share, share
-from evals.work import first_result, run_loops
+from evals.work import LATER, first_result, run_loops
 from model.chatml import chatml_stops, encode_chatml
 from soul.console import output, plain, progress
 from soul.conversation import named_calls
@@ -164,10 +164,13 @@ def shares(items: list[dict], loops: list[dict], soul: Soul) -> dict[str, dict[s
     def column(name: str) -> Share:
         return share([i["columns"][name] for i in items if name in i["columns"]])
 
+    def after(name: str) -> Share:
+        return share([loop["columns"][name] for loop in loops if name in loop["columns"]])
+
     groups = {
         "tools": {name: column(name) for name in (*COLUMNS, "valid", "no needless call")},
         "adherence": {p.id: share([i["checks"][p.id] for i in items if p.id in i["checks"]]) for p in soul.verified} | {ALL: column(ALL)},
-        "work": {"runs": column("runs"), "task done": share([loop["done"] for loop in loops])},
+        "work": {"runs": column("runs"), "task done": share([loop["done"] for loop in loops])} | {name: after(name) for name in LATER},
     }
     return {group: {name: cell for name, cell in cells.items() if cell.n} for group, cells in groups.items()}
 

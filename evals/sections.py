@@ -26,6 +26,8 @@ ABOUT = {
     "all at once": "no verified principle broken",
     "runs": "the first call, executed in the prompt's own files, gives no error",
     "task done": "the whole agent loop, judged by the files it left",
+    "no call for thanks": "said after each of those tasks, in the same conversation",
+    "next request runs": "then another task: its first call is valid and gives no error",
 }
 STRONG = ("valid", "all at once")
 

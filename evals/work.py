@@ -3,19 +3,25 @@
 import re
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 
-from agent.loop import ContextFull, Reply, run_turn
+from agent.loop import ContextFull, Reply, Status, run_turn
 from datagen.code_seeds import tree_of
+from datagen.talk import said as small_talk
 from evals.prompts import Prompt
 from soul.console import progress
+from soul.conversation import calls_of, user
 from soul.template import Template
 from workspace.tools import make_workspace
 
 NOT_RUN = "error: not executed: evals run no shell command but a plain look at one file"
 PLAIN = re.compile(r"ls|(?:cat|wc -l|python3?) \w[\w.-]*")
+THANKS = [words for words, kind in small_talk(held_out=True) if kind == "thank"]
+LATER = ("no call for thanks", "next request runs")
 LOOP_TOKENS = 256  # most in one reply of a loop: an Edit carries a whole function twice
 
 
@@ -34,13 +40,16 @@ def first_result(prompt: Prompt, calls: list[tuple[str, dict[str, str]]]) -> str
 
 
 def run_loops(tokenizer, sampler, prompts: list[Prompt], *, temperature: float, seed: int, what: str) -> list[dict]:
-    """Let the agent's loop work on each prompt that has a `verify`, allowing every call but Bash, and judge the files it leaves."""
+    """Let the agent's loop work on each prompt that has a `verify`, allowing every call but Bash, and judge the files it leaves.
+
+    Each conversation then goes on: with thanks, and with the next prompt whose files have other names (`later`).
+    """
     from model.sampler import Request
 
     template = Template(tokenizer)
     inbox: SimpleQueue[tuple[Request, Future]] = SimpleQueue()
 
-    def work(prompt: Prompt) -> dict:
+    def work(number: int, prompt: Prompt) -> dict:
         def generate(messages: list[dict], *, seed: int, attempt: int) -> Reply:
             ids = template.encode(messages, prompt=True).ids
             if len(ids) + LOOP_TOKENS > sampler.max_len:
@@ -53,14 +62,36 @@ def run_loops(tokenizer, sampler, prompts: list[Prompt], *, temperature: float, 
 
         with tempfile.TemporaryDirectory() as root:
             workspace = make_workspace(prompt.files, root, max_result_chars=sampler.max_len)
-            messages, status = run_turn(
-                prompt.messages, generate=generate, workspace=workspace, ask=lambda name, _: name != "Bash", seed=seed
-            )
+            turn = partial(run_turn, generate=generate, ask=lambda name, _: name != "Bash", seed=seed)
+            messages, status = turn(prompt.messages, workspace=workspace)
             done = solved(prompt, Path(root))
-        return {"id": prompt.id, "kind": prompt.kind, "status": str(status), "done": done, "messages": messages}
+            others = [other for other in (*prompts[number + 1 :], *prompts[:number]) if not _names(other) & _names(prompt)]
+            said, columns = later(messages, THANKS[number % len(THANKS)], others[:1], turn, Path(root))
+        told = {"id": prompt.id, "kind": prompt.kind, "status": str(status), "done": done}
+        return told | {"messages": messages, "later": said, "columns": columns}
 
     with ThreadPoolExecutor(max(len(prompts), 1)) as pool:
-        return _serve(sampler, inbox, [pool.submit(work, prompt) for prompt in prompts], what)
+        return _serve(sampler, inbox, [pool.submit(work, *numbered) for numbered in enumerate(prompts)], what)
+
+
+def later(messages: list[dict], thanks: str, others: Sequence[Prompt], turn: Callable, root: Path) -> tuple[list[dict], dict[str, bool]]:
+    """(what is said after a task, verdicts on it): whether thanks are answered without a call, and whether the first call for the next
+    request gives no error. A verdict is missing where the conversation has no room for another reply."""
+    said, status = turn([*messages, user(thanks)], workspace=make_workspace({}, root), max_steps=4)
+    if status is Status.context_full:
+        return said[len(messages) :], {}
+    columns = {LATER[0]: status is Status.answered and not any(map(calls_of, said[len(messages) :]))}
+    for other in others:
+        asked, status = turn([*said, user(other.text)], workspace=make_workspace(other.files, root), max_steps=1)
+        results = [message["content"] for message in asked[len(said) :] if message["role"] == "tool"]
+        if status is not Status.context_full:
+            columns[LATER[1]] = bool(results) and not results[0].startswith("error: ")
+        said = asked
+    return said[len(messages) :], columns
+
+
+def _names(prompt: Prompt) -> set[str]:
+    return {Path(path).name for path in (*prompt.files, prompt.verify["file"])}
 
 
 def _serve(sampler, inbox: SimpleQueue, threads: list[Future], what: str) -> list[dict]:

@@ -17,7 +17,7 @@ FIND = {
     "id": "a",
     "source": "code",
     "files": [],
-    "messages": [user("find load"), assistant("looking.", CALL), tool("x"), assistant("there.")],
+    "messages": [user("find load"), assistant("looking.", CALL)],
 }
 TALK = {"id": "b", "source": "code", "files": [], "messages": [user("hi"), assistant("hi.")]}
 
@@ -60,6 +60,23 @@ def test_three_in_five_prompts_need_a_call(n, calling, silent, wanted):
     assert not 1 < n < len(rows) or {row["id"] for row in chosen} != {row["id"] for row in choose(rows, n, seed=4)}
 
 
+def test_a_request_is_drawn_from_those_of_a_conversation():
+    whole = [
+        user("hi"),
+        assistant("hi."),
+        user("find load"),
+        assistant("looking.", CALL),
+        tool("x"),
+        assistant("there."),
+        user("thanks"),
+        assistant("ok."),
+    ]
+    found = {len(choose([TALK | {"messages": whole}], 1, seed)[0]["messages"]) for seed in range(40)}
+    assert found == {2, 4, 8}  # up to each first reply, and never to what follows a result
+    verdict, pair = judge(TALK | {"messages": whole}, replied(assistant("i'll read.", CALL)), True, SOUL)
+    assert verdict == "needless_call" and pair["prompt"] == whole[:-1] and pair["chosen"] == whole[-1:]
+
+
 @pytest.mark.parametrize("needless, missing, kept", [(12, 3, (9, 3)), (4, 3, (4, 3)), (1, 9, (1, 3)), (5, 0, (3, 0)), (0, 0, (0, 0))])
 def test_neither_error_outweighs_the_other(needless, missing, kept):
     pairs = [{"id": i, "reason": reason} for i, reason in enumerate([NEEDLESS] * needless + [MISSING] * missing)]
@@ -69,11 +86,11 @@ def test_neither_error_outweighs_the_other(needless, missing, kept):
 
 
 def test_rows_without_a_request_are_no_prompts(tmp_path):
-    with pytest.raises(UserError, match="no rollout begins with a request and a reply"):
+    with pytest.raises(UserError, match="no rollout has a request and a reply"):
         choose([{"messages": [assistant("hi.")]}, {"prompt": []}], 4, 0)
     broken = {"type": "function", "function": {"name": "Grep", "arguments": "[]"}}
     with pytest.raises(UserError, match="row c: message 1, call 0"):
-        choose([FIND | {"id": "c", "messages": [user("a"), assistant("b", broken)]}], 4, 0)
+        choose([FIND | {"id": "c", "messages": [user("a"), assistant("b", broken), tool("x"), assistant("there.")]}], 4, 0)
     with pytest.raises(UserError, match="--n, --max-new and --batch begin at 1"):
         main(Config(out=tmp_path, n=0))
     write_rows(tmp_path / "data/rollouts.parquet", [TALK], "sft")

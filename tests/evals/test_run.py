@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -6,7 +7,7 @@ import pytest
 from evals.judge import judge_call, judge_soul, parse_chat_reply
 from evals.prompts import Prompt, chat_prompt, from_rows, held_out, overlap, set_hash
 from evals.run import Config, contestants, evaluate, print_table
-from evals.work import first_result, run_loops, solved
+from evals.work import LATER, LOOP_TOKENS, THANKS, first_result, run_loops, solved
 from model.sampler import Completion
 from soul.conversation import assistant, tool_call, user
 from soul.errors import UserError
@@ -184,12 +185,40 @@ class StepScript:
 def test_the_loop_does_the_work_and_is_refused_the_shell(tmp_path):
     edit = tool_call("Edit", file_path="a.py", old_string="return 1", new_string="return 2")
     bash = tool_call("Bash", command=f"touch {tmp_path}/ran")
-    script = StepScript(assistant("reading.", tool_call("Read", file_path="a.py")), assistant("now.", edit, bash), assistant("done."))
+    thanked = assistant("any time.")
+    script = StepScript(
+        assistant("reading.", tool_call("Read", file_path="a.py")), assistant("now.", edit, bash), assistant("done."), thanked
+    )
     good = run_loops(Bytes(), script, PROMPTS[:1] * 3, temperature=0.0, seed=0, what="work")
     assert [(loop["done"], loop["status"]) for loop in good] == [(True, "answered")] * 3
     assert not (tmp_path / "ran").exists()
-    idle = run_loops(Bytes(), StepScript(assistant("done.")), PROMPTS[:1], temperature=0.0, seed=0, what="work")
+    assert [loop["columns"] for loop in good] == [{LATER[0]: True}] * 3  # no next request: the others' files have the same names
+    assert all(loop["later"] == [user(words), thanked] for loop, words in zip(good, THANKS, strict=True))
+    idle = run_loops(Bytes(), StepScript(assistant("done."), thanked), PROMPTS[:1], temperature=0.0, seed=0, what="work")
     assert [loop["done"] for loop in idle] == [False]
+
+
+@pytest.mark.parametrize(
+    ("replies", "columns"),
+    [
+        (["any time.", ("Read", "b.py")], {LATER[0]: True, LATER[1]: True}),
+        (["any time.", ("Read", "c.py")], {LATER[0]: True, LATER[1]: False}),
+        (["any time.", "done."], {LATER[0]: True, LATER[1]: False}),
+        ([("Read", "a.py"), "fine.", ("Read", "b.py")], {LATER[0]: False, LATER[1]: True}),
+    ],
+)
+def test_after_a_task_the_conversation_goes_on(replies, columns):
+    other = replace(
+        PROMPTS[0], id="b", messages=[user("and b.py?")], files={"b.py": "x = 1\n"}, verify={"file": "b.py", "must_contain": []}
+    )
+    said = [
+        assistant("hm.", tool_call(reply[0], file_path=reply[1])) if isinstance(reply, tuple) else assistant(reply) for reply in replies
+    ]
+    script = StepScript(assistant("done."), *said, assistant("no."), assistant("no."))
+    first, second = run_loops(Bytes(), script, [PROMPTS[0], other], temperature=0.0, seed=0, what="work")
+    assert first["columns"] == columns and user("and b.py?") in first["later"] and user(PROMPTS[0].text) in second["later"]
+    script.max_len = len(Template(Bytes()).encode(PROMPTS[0].messages, prompt=True).ids) + LOOP_TOKENS
+    assert run_loops(Bytes(), script, PROMPTS[:1], temperature=0.0, seed=0, what="work")[0]["columns"] == {}
 
 
 @pytest.mark.parametrize(
