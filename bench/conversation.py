@@ -78,7 +78,7 @@ def main() -> None:
         )
         n, decided, right = Counter(), Counter(), Counter()
         for (what, _, wanted), reply in zip((rows[i] for i in kept), replies, strict=True):
-            called = "<|tool_call_start|>" in loaded.tokenizer.decode(reply.ids)
+            called = loaded.tokenizer.special["<|tool_call_start|>"] in reply.ids
             n[what] += 1
             decided[what] += called == bool(wanted)
             right[what] += bool(wanted) and calls_of(template.parse_reply(reply.ids).messages[0]) == wanted

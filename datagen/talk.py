@@ -46,7 +46,8 @@ def talk(rng: random.Random, _pool: object = None, among: dict[str, int] | None 
         known = [(words, kind, weight) for words, kind in said(False) if (weight := (among or USUAL).get(kind))]
         ((words, kind, _),) = rng.choices(known, [weight for _, _, weight in known])
         lead = rng.choice(LEADS) if kind in ITSELF and not among else ""
-        words, step = lead + words + rng.choice(["", "", "!"] if kind in BRIGHT and words[-1].isalpha() else [""]), Step(SMALL_TALK[kind])
+        mark = rng.choice(["", "", "!"] if kind in BRIGHT and words[-1].isalpha() else [""])
+        words, step = lead + words + mark, Step(SMALL_TALK[kind])
     longest = max(re.findall(r"\w+", words), key=len)  # what a needless search would look for
     return Task("talk", "made", typed(rng, words), {}, (step,), {"name": longest})
 
