@@ -302,7 +302,7 @@ KINDS = {
     find: (10, {"Grep"}), explain: (11, {"Grep", "Read"}), add: (11, {"Read", "Edit"}), create: (7, {"Edit"}), save: (4, {"Read", "Edit"}),
     edit: (10, {"Read", "Edit"}), fix: (3, {"Read", "Edit", "Bash"}), run: (4, {"Bash"}), wrong_path: (3, {"Grep", "Read"}),
     rejected: (2, {"Read", "Edit"}), not_unique: (1, {"Read", "Edit"}), mismatch: (1, {"Read", "Edit"}), timed_out: (0.2, {"Read", "Bash"}),
-    answer: (24, set()), talk: (27, set()), turns: (36, set()),
+    answer: (20, set()), talk: (27, set()), turns: (36, set()),
 }  # fmt: skip
 EVAL_KINDS = (find, explain, add, edit, add, explain, find, edit, create, run)
 

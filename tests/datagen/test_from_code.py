@@ -15,7 +15,7 @@ from datagen.code_seeds import outside, read_code, split
 from datagen.convert import Config, build_rollouts, main
 from datagen.from_code import KINDS, Pool, Step, Task, add, answer, create, edit, held_out_tasks, misplaced, not_unique, save
 from datagen.phrases import REMARKS, TALK, Voice
-from datagen.rollouts import JUDGMENTS, execute, length
+from datagen.rollouts import JUDGMENTS, PATH, execute, length
 from soul import conversation, rows
 from soul.errors import UserError
 from soul.spec import load_soul, parse_soul, run_checks
@@ -59,7 +59,9 @@ def test_every_call_replays_to_the_same_bytes(built, tmp_path):
     for number, row in enumerate(built[1]):
         root = tmp_path / str(number)
         root.mkdir()
-        workspace = make_workspace({file["path"]: file["content"] for file in row["files"]}, root)
+        workspace = make_workspace(
+            {file["path"]: file["content"] for file in row["files"]}, root, env={"PATH": PATH}
+        )  # the Python that ran it
         results = [message["content"] for message in row["messages"] if message["role"] == "tool"]
         assert len(results) == len(calls(row["messages"]))
         for call, recorded in zip(calls(row["messages"]), results, strict=True):
