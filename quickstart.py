@@ -153,12 +153,12 @@ def stages(config: Config, soul: Soul) -> list[Stage]:
     return [
         *([] if Path(config.base).is_dir() else [command("pull", f"fetch {config.base}", 0.3, Pull(name=config.base))]),
         Stage("seeds", requests, 0.1, [config.chat_seeds, config.seed], lambda: write_seeds(config), ("seeds.jsonl",)),
-        command("generate", "generate, critique, revise", 2.0, generate, "data/sft.parquet", "data/preference.parquet"),
+        command("generate", "generate, critique, revise", 1.0, generate, "data/sft.parquet", "data/preference.parquet"),
         command("convert", "tool rollouts, really executed", 0.2, convert, "data/rollouts.parquet", "data/rollouts_preference.parquet"),
-        command("sft", "supervised fine-tuning", 6.0, sft, "sft"),
+        command("sft", "supervised fine-tuning", 7.0, sft, "sft"),
         command("on-policy", "the tuned model's own replies, for pairs", 1.0, own, "data/on_policy_preference.parquet"),
         Stage("dpo", "preference tuning", 1.2, config_to_json(dpo), prefer, ("dpo",)),
-        Stage("eval", "evals on held-out prompts, before and after", 3.5, config_to_json(evals), evaluate, ("evals",)),
+        Stage("eval", "evals on held-out prompts, before and after", 4.5, config_to_json(evals), evaluate, ("evals",)),
         command("report", "the report", 0.1, Report(run=out)),
     ]
 
