@@ -278,9 +278,9 @@ def test_hostile_text_is_inert(run):
 
 
 def test_code_that_ends_a_message_stays(run, tmp_path):
-    rows = run(Cast(), n=60)[0]
+    rows = run(Cast(), n=200)[0]
     with_code = [row for row in rows if "```" in texts(row)[-1]]
-    plain = {row["id"]: texts(row)[-1] for row in run(None, "plain", teacher="", n=60)[0]}
+    plain = {row["id"]: texts(row)[-1] for row in run(None, "plain", teacher="", n=200)[0]}
     assert with_code and all(texts(row)[-1].partition("```")[2] == plain[row["id"]].partition("```")[2] for row in with_code)
 
 

@@ -43,6 +43,7 @@ def test_two_requests_are_answered_one_after_the_other(pool, voice):
         assert len(asked) == 2 and asked[0] == 0 and messages[0]["content"] == task.request
         assert messages[asked[1] - 1]["role"] == "assistant" and not calls_of(messages[asked[1] - 1])
         first, second = messages[: asked[1]], messages[asked[1] :]
+        assert task.steps[0].situation not in ("thanked", "parted") and task.steps[-1].situation != "greeted"
         seen.add(tuple("work" if any(calls_of(message) for message in part) else "talk" for part in (first, second)))
         assert judged(task, messages, voice, random.Random(0)) == ("", None)  # a pair about the call is of one request
         assert (pair := preference(task, messages, voice, random.Random(0))) is None or pair[0] == messages[: len(pair[0])]
