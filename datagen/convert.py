@@ -33,7 +33,7 @@ from datagen.rollouts import JUDGMENTS, WRONG_CALLS, Maker, contrasted, judged
 from soul import rows
 from soul.console import output as stdout
 from soul.console import plain, progress
-from soul.conversation import assistant, tool_call
+from soul.conversation import assistant, calls_of, tool_call
 from soul.errors import UserError
 from soul.files import write_atomic, write_json
 from soul.spec import Soul, check_table, load_soul
@@ -220,12 +220,12 @@ def collect(results: Iterable[Attempt], n: int, on_row=None) -> tuple[list[dict]
     done, pairs, dropped, seen, tried = [], [], Counter(), set(), 0
     for kind, reason, row, pair in results:
         tried += 1
-        if row and identity(row["messages"]) in seen:
+        if row and (key := identity(row["messages"])) in seen:
             reason, row = "duplicate request", None
         if row is None:
             dropped[f"{kind}: {reason}"] += 1
             continue
-        seen.add(identity(row["messages"]))
+        seen.add(key)
         done.append(row)
         if pair:
             pairs.append(pair)
@@ -238,7 +238,7 @@ def collect(results: Iterable[Attempt], n: int, on_row=None) -> tuple[list[dict]
 
 def identity(messages: list[dict]) -> tuple[str, ...]:
     """What makes a row another one: its requests, and where nothing is called the replies too: there are many to "hi"."""
-    told = {"user"} if any(message.get("tool_calls") for message in messages) else {"user", "assistant"}
+    told = {"user"} if any(map(calls_of, messages)) else {"user", "assistant"}
     return tuple(message["content"] for message in messages if message["role"] in told)
 
 
