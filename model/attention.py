@@ -1,14 +1,17 @@
-"""Causal grouped-query attention within segments: blockwise on CPU, cuDNN or XLA on an accelerator.
+"""Causal grouped-query attention within segments: blockwise on CPU, by cuDNN, splash attention or XLA on an accelerator.
 
 Shape suffixes as in transformer.py, and G = H/K query heads per kv head.
 """
 
 import functools
 import logging
+import math
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 # queries (backward: keys) per block on CPU: scores stay in cache (a SmolLM2 layer at 4 × 512, forward + backward, 30 ms; einsum 112)
 BLOCK = 128
@@ -21,29 +24,103 @@ def attention(q_bthk, k_bskh, v_bskh, segments_bt=None, compute: str = "fp32") -
     kind = jnp.bfloat16 if compute == "bf16" else jnp.float32
     if jax.default_backend() == "cpu":
         return _attend(q_bthk, k_bskh, v_bskh, segment_starts(q_bthk.shape[:2], segments_bt), kind)
+    fast = fast_attention(jax.default_backend(), q_bthk.shape[3], segments_bt is not None) if kind == jnp.bfloat16 else None
+    if q_bthk.shape[1] % (UNITS.get(fast) or 1):
+        fast = None
     q, k, v = (x.astype(kind) for x in (q_bthk, k_bskh, v_bskh))
-    if segments_bt is None:
-        fast = kind == jnp.bfloat16 and cudnn_works(q.shape[-1])
-        out = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn" if fast else "xla")
-    else:  # an explicit mask leaves cuDNN's fast path, and a fast path that drops segments would be silently wrong
-        same_btt = segments_bt[:, None, :, None] == segments_bt[:, None, None, :]
-        out = jax.nn.dot_product_attention(q, k, v, mask=same_btt, is_causal=True, implementation="xla")
-    return out.astype(jnp.float32)
+    return (fast or by_xla)(q, k, v, segments_bt).astype(jnp.float32)
+
+
+def by_xla(q_bthk, k_bskh, v_bskh, segments_bt):
+    """All scores at once: what every accelerator can do."""
+    with jax.default_matmul_precision("highest" if q_bthk.dtype == jnp.float32 else None):
+        return jax.nn.dot_product_attention(q_bthk, k_bskh, v_bskh, mask=_same(segments_bt), is_causal=True, implementation="xla")
+
+
+def by_cudnn(q_bthk, k_bskh, v_bskh, segments_bt):
+    """cuDNN's flash attention, by name: jax never chooses it by itself. Segments go in as a bias, T×T a row."""
+
+    def attend(q, k, v, segments):
+        return jax.nn.dot_product_attention(q, k, v, mask=_same(segments), is_causal=True, implementation="cudnn")
+
+    return _by_heads(attend, q_bthk, k_bskh, v_bskh, segments_bt)
+
+
+def by_splash(q_bthk, k_bskh, v_bskh, segments_bt):
+    """The Pallas kernel for TPUs that ships with jax: no score leaves the chip, and masked blocks are not computed."""
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash  # only TPUs need Pallas
+
+    def attend(q, k, v, segments):
+        t, heads, h = q.shape[1:]
+        size = next(n for n in (512, 256, 128) if t % n == 0)
+        names = (
+            "block_q",
+            "block_kv",
+            "block_kv_compute",
+            "block_q_dkv",
+            "block_kv_dkv",
+            "block_kv_dkv_compute",
+            "block_q_dq",
+            "block_kv_dq",
+        )
+        kernel = splash.make_splash_mha_single_device(
+            splash.MultiHeadMask([splash.CausalMask((t, t))] * heads), block_sizes=splash.BlockSizes(**dict.fromkeys(names, size)))  # fmt: skip
+        q, k, v = ((x * h**-0.5 if x is q else x).swapaxes(1, 2) for x in (q, k, v))
+        if segments is None:
+            return jax.vmap(kernel)(q, k, v).swapaxes(1, 2)
+        return jax.vmap(lambda q, k, v, s: kernel(q, k, v, segment_ids=splash.SegmentIds(s, s)))(q, k, v, segments).swapaxes(1, 2)
+
+    return _by_heads(attend, q_bthk, k_bskh, v_bskh, segments_bt)
+
+
+FAST = {"gpu": by_cudnn, "tpu": by_splash}
+UNITS = {by_cudnn: 2, by_splash: 128}  # rows of other lengths are left to XLA (cuDNN's: only with segments, in training)
+
+
+def _by_heads(attend, q, k, v, segments):
+    """`attend` where XLA may still split a shard's work (the mesh's `tensor`) takes each device's heads: no kernel can be split by XLA."""
+    mesh = jax.sharding.get_abstract_mesh()
+    free = tuple(
+        name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto and mesh.shape[name] > 1
+    )
+    if not free:
+        return attend(q, k, v, segments)
+    heads = P(None, None, free if k.shape[2] % math.prod(mesh.shape[name] for name in free) == 0 else None)
+    spread = jax.shard_map(attend, in_specs=(heads, heads, heads, P()), out_specs=heads, axis_names=set(free), check_vma=False)
+    return spread(q, k, v, segments)
+
+
+def _same(segments_bt):
+    """Which pairs of positions share a segment, B×1×T×T."""
+    return None if segments_bt is None else segments_bt[:, None, :, None] == segments_bt[:, None, None, :]
 
 
 @functools.cache
-def cudnn_works(d_head: int) -> bool:
-    """Whether cuDNN attention runs here and agrees with XLA on a small input; says so loudly when not."""
-    q = jax.random.normal(jax.random.key(0), (1, 128, 4, d_head), jnp.bfloat16)
+def fast_attention(backend: str, d_head: int, masked: bool):
+    """The accelerator's kernel, if it runs here and agrees with XLA, forward and backward, on a small input; None, said loudly, if not.
+
+    A kernel that drops the segments would train on and be wrong (as MaxText's did, its issue 4476), so it is tried with them.
+    """
+    if not (fast := FAST.get(backend)):
+        return None
     try:
-        fast, slow = (jax.nn.dot_product_attention(q, q[:, :, :2], q[:, :, 2:], is_causal=True, implementation=i) for i in ("cudnn", "xla"))
-        gap = float(jnp.abs(fast - slow).max())
-        problem = None if gap < 0.05 else f"it differs from XLA by {gap:.3g}"
-    except Exception as error:  # cuDNN's failures have no common type
+        with jax.ensure_compile_time_eval():  # the first to ask is a model that is being traced
+            q, k, v, g = (jax.random.normal(key, (1, 256, 4, d_head), jnp.bfloat16) for key in jax.random.split(jax.random.key(0), 4))
+            segments_bt = (jnp.arange(256)[None] < 100).astype(jnp.int32) if masked else None
+
+            def results(attend):
+                out, pullback = jax.vjp(lambda *qkv: attend(*qkv, segments_bt), q, k[:, :, :2], v[:, :, :2])
+                return out, *pullback(g)
+
+            pairs = [(a.astype(jnp.float32), b.astype(jnp.float32)) for a, b in zip(results(fast), results(by_xla), strict=True)]
+            gap = max(float(jnp.abs(a - b).max() / jnp.abs(b).max()) for a, b in pairs)
+        problem = None if gap < 0.05 else f"it differs from XLA by {gap:.0%}"
+    except Exception as error:  # the failures of kernels have no common type
         problem = str(error).splitlines()[0]
     if problem:
-        log.warning("cuDNN attention is off, training will be slower: %s", problem)
-    return problem is None
+        what = f"{fast.__name__.removeprefix('by_')} attention{' within segments' if masked else ''}"
+        log.warning("%s is off, training will be slower and take more memory: %s", what, problem)
+    return None if problem else fast
 
 
 def segment_starts(shape, segments_bt=None) -> jax.Array:

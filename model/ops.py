@@ -45,18 +45,29 @@ def resolve_compute(compute: str = "auto") -> str:
 
 def _bf16_runs() -> bool:
     """XLA may compile a bf16 × bf16 → fp32 product and only fail when it runs ("UNIMPLEMENTED ... DotThunk"): try all three forms."""
-    x, w = jnp.ones((64, 128)), jnp.ones((128, 256))
     try:
-        jax.block_until_ready(jax.jit(jax.grad(lambda x, w: matmul(matmul(x, w, "bf16"), w, "bf16", True).sum(), (0, 1)))(x, w))
+        with jax.ensure_compile_time_eval():  # the first to ask may be a model that is being traced
+            x, w = jnp.ones((64, 128)), jnp.ones((128, 256))
+            jax.block_until_ready(jax.jit(jax.grad(lambda x, w: matmul(matmul(x, w, "bf16"), w, "bf16", True).sum(), (0, 1)))(x, w))
     except jax.errors.JaxRuntimeError as error:
         log.warning("bf16 products do not run here, using fp32: %s", str(error).splitlines()[0])
         return False
     return True
 
 
-def dot(a, b, ca, cb):
-    """The product over axis `ca` of a matrix and `cb` of another, in fp32 whatever they are."""
-    return lax.dot_general(a, b, (((ca,), (cb,)), ((), ())), preferred_element_type=F32)
+def dot(a, b, ca, cb, out=F32):
+    """The product over axis `ca` of a matrix and `cb` of another, summed in fp32 whatever they are."""
+    return lax.dot_general(a, b, (((ca,), (cb,)), ((), ())), exact(a), out)
+
+
+def exact(a):
+    """The precision that keeps fp32 operands as they are: without it a GPU rounds them to TF32 and a TPU to bf16."""
+    return lax.Precision.HIGHEST if a.dtype == F32 else None
+
+
+def activation(a, b, ca, cb):
+    """A product whose rows are tokens, in fp32 on CPU; on an accelerator rounded to the operands' type, which halves what a step writes and reads."""
+    return dot(a, b, ca, cb, F32 if jax.default_backend() == "cpu" else a.dtype).astype(F32)
 
 
 def row_major(a):
@@ -70,7 +81,7 @@ def _transposed(a):
 
 
 def matmul(x, w, compute: str = "fp32", transpose: bool = False) -> jax.Array:
-    """x_...d @ w_df (or w_fd with `transpose`) -> fp32. With compute "bf16" all three products are bf16 × bf16 → fp32."""
+    """x_...d @ w_df (or, unrounded, w_fd with `transpose`: logits) -> fp32. With compute "bf16" all three products are of bf16."""
     y = _matmul(x.reshape(-1, x.shape[-1]), w, compute, transpose)
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
@@ -78,7 +89,7 @@ def matmul(x, w, compute: str = "fp32", transpose: bool = False) -> jax.Array:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _matmul(x, w, compute, transpose):
     kind = BF16 if compute == "bf16" else F32
-    return dot(x.astype(kind), w.astype(kind), 1, 1 if transpose else 0)
+    return dot(x.astype(kind), w.astype(kind), 1, 1) if transpose else activation(x.astype(kind), w.astype(kind), 1, 0)
 
 
 def _matmul_fwd(x, w, compute, transpose):
@@ -89,7 +100,7 @@ def _matmul_bwd(compute, transpose, kept, g):
     x, w, like_x = kept
     kind = x.dtype
     g = g.astype(kind)
-    dx = dot(g, w.astype(kind), 1, 0 if transpose else 1)
+    dx = activation(g, w.astype(kind), 1, 0 if transpose else 1)
     a, b = (g, x) if transpose else (x, g)
     return dx.astype(like_x.dtype), _weight_grad(a, b).astype(w.dtype)
 
@@ -240,18 +251,26 @@ def _swiglu(x_nd, w_gate, w_up, w_down, compute):
 def _swiglu_fwd(x_nd, w_gate, w_up, w_down, compute):
     kind = BF16 if compute == "bf16" else F32
     x = x_nd.astype(kind)
-    g_nf, u_nf = dot(x, w_gate.astype(kind), 1, 0), dot(x, w_up.astype(kind), 1, 0)
+    g_nf, u_nf = activation(x, w_gate.astype(kind), 1, 0), activation(x, w_up.astype(kind), 1, 0)
     a_nf = (jax.nn.silu(g_nf) * u_nf).astype(kind)
-    return dot(a_nf, w_down.astype(kind), 1, 0), (x, w_gate, w_up, w_down, g_nf.astype(kind), u_nf.astype(kind), jnp.zeros((), x_nd.dtype))
+    return activation(a_nf, w_down.astype(kind), 1, 0), (
+        x,
+        w_gate,
+        w_up,
+        w_down,
+        g_nf.astype(kind),
+        u_nf.astype(kind),
+        jnp.zeros((), x_nd.dtype),
+    )
 
 
 def _swiglu_bwd(compute, kept, dy_nd):
     x, w_gate, w_up, w_down, g_nf, u_nf, like_x = kept
     kind = x.dtype
     dy, g, u = dy_nd.astype(kind), g_nf.astype(F32), u_nf.astype(F32)
-    da_nf, s = dot(dy, w_down.astype(kind), 1, 1), jax.nn.sigmoid(g)
+    da_nf, s = activation(dy, w_down.astype(kind), 1, 1), jax.nn.sigmoid(g)
     dg, du = (da_nf * u * s * (1 + g * (1 - s))).astype(kind), (da_nf * g * s).astype(kind)
-    dx = dot(dg, w_gate.astype(kind), 1, 1) + dot(du, w_up.astype(kind), 1, 1)
+    dx = activation(dg, w_gate.astype(kind), 1, 1) + activation(du, w_up.astype(kind), 1, 1)
     weights = (_weight_grad(x, dg), _weight_grad(x, du), _weight_grad((g * s * u).astype(kind), dy))
     return dx.astype(like_x.dtype), *(dw.astype(w.dtype) for dw, w in zip(weights, (w_gate, w_up, w_down), strict=True))
 

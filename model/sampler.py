@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
+from model.ops import exact
 from model.transformer import Decoder
 from soul.errors import UserError
 
@@ -264,13 +265,13 @@ def _scores(q_bktgh, k_bksh, seen_bts):
     """Masked fp32 scores b,K,T·G,S. The cache is K-major, so both operands of the product are contiguous."""
     b, kv, t, g, h = q_bktgh.shape
     q = (q_bktgh * h**-0.5).astype(k_bksh.dtype).reshape(b, kv, t * g, h)
-    scores = lax.dot_general(q, k_bksh, (((3,), (3,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32)
+    scores = lax.dot_general(q, k_bksh, (((3,), (3,)), ((0, 1), (0, 1))), exact(q), jnp.float32)
     seen = jnp.broadcast_to(seen_bts[:, None, :, None], (b, 1, t, g, k_bksh.shape[2])).reshape(b, 1, t * g, -1)
     return jnp.where(seen, scores, -1e30)
 
 
 def _mix(p_bkts, v_bksh):
-    return lax.dot_general(p_bkts.astype(v_bksh.dtype), v_bksh, (((3,), (2,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32)
+    return lax.dot_general(p_bkts.astype(v_bksh.dtype), v_bksh, (((3,), (2,)), ((0, 1), (0, 1))), exact(v_bksh), jnp.float32)
 
 
 def _grouped(q_bthk, kv):

@@ -198,7 +198,8 @@ class Layout:
         """`function` run on each shard's part: `inputs` and `outputs` are PartitionSpecs (prefixes of the trees)."""
         if not self.mesh:
             return function
-        return jax.shard_map(function, mesh=self.mesh, in_specs=inputs, out_specs=outputs, axis_names=set(SHARDS), check_vma=False)
+        axes = set(SHARDS if self.mesh.shape["tensor"] > 1 else AXES)  # cuDNN's attention can't be lowered where XLA might still split it
+        return jax.shard_map(function, mesh=self.mesh, in_specs=inputs, out_specs=outputs, axis_names=axes, check_vma=False)
 
     def parts(self, tree: Any) -> Any:
         """How `spread` splits parameters: `specs` without `tensor`, which stays XLA's within a shard."""
