@@ -78,7 +78,7 @@ def step(compute="bf16", **rows):
 @pytest.mark.parametrize("segments", [True, False])
 @pytest.mark.parametrize(("compute", "bound"), [("fp32", 1e-5), ("bf16", 0.03)])
 def test_an_accelerator_computes_what_a_cpu_does(on, asked, compute, bound, segments):
-    """Bounds: of the gradient's length. Seen: 4e-7 in fp32, 0.011 in bf16 (where activations are rounded once more)."""
+    """Bounds: of the gradient's length. Seen: 9e-7 in fp32, 0.012 in bf16 (where activations are rounded once more)."""
     total, grads = step(compute, segments=segments)
     on("gpu")
     other, other_grads = step(compute, segments=segments)
@@ -182,9 +182,9 @@ def test_heads_of_their_own_devices_give_the_sums_of_one_device(on, asked, mesh)
     before = len(asked)
     (split, _), split_grads = many.accumulated(layout.put(params), None, parts)
     assert "cudnn" in asked[before:]
-    bound = 1e-3 if "tensor" in mesh else 1e-5  # seen 1e-4 and 3e-8: what devices add up for `tensor` was rounded to bf16 by each
+    bound, apart = (1e-3, 0.06) if "tensor" in mesh else (1e-6, 1e-6)  # seen 1e-4 and .03 (each device rounds its part to bf16), 0 and 7e-8
     assert float(split) == pytest.approx(float(total), rel=bound)
-    assert all(np.linalg.norm(a - b) < 30 * bound * np.linalg.norm(b) for a, b in zip(*map(arrays, (split_grads, grads)), strict=True))
+    assert all(np.linalg.norm(a - b) < apart * np.linalg.norm(b) for a, b in zip(*map(arrays, (split_grads, grads)), strict=True))
 
 
 def arrays(tree):
