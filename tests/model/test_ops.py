@@ -166,3 +166,17 @@ def test_the_shapes_that_training_uses_run_in_this_machines_arithmetic(vocab, wi
         lambda x, w: ops.token_logprobs(x, w, targets, compute).sum(),
     ):
         assert all(bool(jnp.isfinite(g).all()) for g in jax.jit(jax.grad(loss, (0, 1)))(x, head))
+
+
+def test_bf16_is_really_tried_when_the_first_to_ask_is_a_model_being_traced(monkeypatch):
+    """XLA's "UNIMPLEMENTED ... DotThunk" comes when a product runs, so a probe that is only traced would always say yes."""
+    ran = []
+
+    def wait(tree):
+        ran.extend(jax.tree.map(lambda x: not isinstance(x, jax.core.Tracer), jax.tree.leaves(tree)))
+        raise jax.errors.JaxRuntimeError("UNIMPLEMENTED: Unsupported element type in DotThunk")
+
+    monkeypatch.setattr(jax, "block_until_ready", wait)
+    found = []
+    jax.eval_shape(lambda x: found.append(ops._bf16_runs()) or x, 1.0)
+    assert ran == [True, True] and found == [False]
