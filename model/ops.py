@@ -142,10 +142,10 @@ def rope(x_bthk, table) -> jax.Array:
 rope.defvjp(lambda x, table: (rope(x, table), table), lambda table, g: (rope(g, (table[0], -table[1])), None))
 
 
-def token_logprobs(x_nd, head_vd, targets_n, compute: str = "fp32", chunk: int = 256) -> jax.Array:
+def token_logprobs(x_nd, head_vd, targets_n, compute: str = "fp32", chunk: int | None = None) -> jax.Array:
     """log p(target) per row, fp32, from hidden states and the V×D head; logits exist for `chunk` rows at a time, also backward."""
     n = x_nd.shape[0]
-    chunk = min(chunk, n)
+    chunk = min(chunk or (256 if jax.default_backend() == "cpu" else 4096), n)  # on a GPU each chunk adds to D×V in its memory
     x = jnp.pad(x_nd, ((0, -n % chunk), (0, 0))).reshape(-1, chunk, x_nd.shape[1])
     targets = jnp.pad(targets_n, (0, -n % chunk)).reshape(-1, chunk)
     return _logprobs(x, head_vd, targets, compute).reshape(-1)[:n]
