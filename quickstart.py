@@ -130,9 +130,9 @@ def stages(config: Config, soul: Soul) -> list[Stage]:
         train=TrainConfig(length=config.length, batch_rows=1, epochs=10.0, max_tokens=config.sft_tokens, seed=config.seed, optim=OptimConfig(lr=2e-4)),
     )  # fmt: skip
     dpo = Dpo(
-        # not convert's pairs: SFT has the voice already, and they made needless calls oftener (docs/preference.md)
+        # not convert's pairs about the voice: SFT has it already, and they made needless calls oftener (docs/preference.md)
         out=out, data=(data / "preference.parquet", data / "on_policy_preference.parquet"), nll=0.2,
-        train=TrainConfig(length=config.length // 2, batch_rows=1, epochs=1.0, max_tokens=config.dpo_tokens, seed=config.seed, optim=OptimConfig(lr=1e-5, warmup=0.1)),
+        train=TrainConfig(length=config.length // 2, batch_rows=1, epochs=3.0, max_tokens=config.dpo_tokens, seed=config.seed, optim=OptimConfig(lr=1e-5, warmup=0.1)),
     )  # fmt: skip
     evals = Eval(model=config.base, soul=config.soul, n=config.prompts, loops=config.loops, out=out, seed=config.seed)
 
@@ -157,7 +157,7 @@ def stages(config: Config, soul: Soul) -> list[Stage]:
         command("convert", "tool rollouts, really executed", 0.2, convert, "data/rollouts.parquet", "data/rollouts_preference.parquet"),
         command("sft", "supervised fine-tuning", 7.0, sft, "sft"),
         command("on-policy", "the tuned model's own replies, for pairs", 1.0, own, "data/on_policy_preference.parquet"),
-        Stage("dpo", "preference tuning", 1.2, config_to_json(dpo), prefer, ("dpo",)),
+        Stage("dpo", "preference tuning", 2.0, config_to_json(dpo), prefer, ("dpo",)),
         Stage("eval", "evals on held-out prompts, before and after", 4.5, config_to_json(evals), evaluate, ("evals",)),
         command("report", "the report", 0.1, Report(run=out)),
     ]

@@ -280,7 +280,9 @@ def main() -> None:
     try:
         found = devices()
     except (RuntimeError, NotImplementedError, KeyError) as error:
-        sys.exit(f"cannot compile for {CONFIG.device} here: {str(error).splitlines()[0]}\nInstall jax[cuda12] (h200) or libtpu (v5e) of this jax.")
+        sys.exit(
+            f"cannot compile for {CONFIG.device} here: {str(error).splitlines()[0]}\nInstall jax[cuda12] (h200) or libtpu (v5e) of this jax."
+        )
     if CONFIG.attention == "xla":
         attention.fast_attention = lambda *_: None
     sizes = [int(n) for n in CONFIG.mesh.split(",")]

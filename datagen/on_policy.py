@@ -2,11 +2,14 @@
 
 The pairs that `convert` writes are easy: their rejected sides come from templates, and the model hardly ever says such things. Here it
 answers requests of rollouts itself; where it decides otherwise than they about calling at all, its reply is rejected and theirs chosen.
+What it lacks of one kind of error beside the other is filled with pairs of `convert` about that: the kind with more pairs moves the line
+between too many calls and too few.
 """
 
 import itertools
 import random
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,13 +54,15 @@ def main(config: Config) -> int:
     soul = load_soul(config.soul)
     rows = [row for path in config.data or (config.out / "data/rollouts.parquet",) for row in read_rows(path)]
     judged = [judge(row, parsed, finished, soul) for row, parsed, finished in replies(choose(rows, config.n, config.seed), config)]
-    pairs = balanced([pair for _, pair in judged if pair])
+    made = config.out / "data/rollouts_preference.parquet"
+    pairs = balanced(own := [pair for _, pair in judged if pair], read_rows(made) if made.exists() else ())
     verdicts = Counter(verdict for verdict, _ in judged)
     write_rows(config.out / "data/on_policy_preference.parquet", pairs, "preference")
-    stats = {"asked": len(judged), "pairs": len(pairs), "verdicts": dict(sorted(verdicts.items()))}
+    filled = sum(pair not in own for pair in pairs)
+    stats = {"asked": len(judged), "pairs": len(pairs), "of_convert": filled, "verdicts": dict(sorted(verdicts.items()))}
     write_json(config.out / "data/on_policy_stats.json", stats)
     found = ", ".join(f"{n} {verdict}" for verdict, n in verdicts.most_common())
-    console.print(plain(f"{len(pairs)} pairs of {len(judged)} replies: {found}"))
+    console.print(plain(f"{len(pairs)} pairs, {filled} of them convert's, of {len(judged)} replies: {found}"))
     return 0
 
 
@@ -103,16 +108,15 @@ def choose(rows: list[dict], n: int, seed: int) -> list[dict]:
     return chosen
 
 
-def balanced(pairs: list[dict]) -> list[dict]:
-    """The pairs, of the more frequent reason at most `MOST` times as many as of the other (and three where there is none)."""
+def balanced(pairs: list[dict], spare: Sequence[dict] = ()) -> list[dict]:
+    """The pairs, and of `spare` as many of the rarer reason as it lacks; of the more frequent one at most `MOST` times as many as of the
+    other then (and three where there is none)."""
     counts = Counter(pair["reason"] for pair in pairs)
-    left = {reason: MOST * max(1, counts[other]) for reason, other in ((NEEDLESS, MISSING), (MISSING, NEEDLESS))}
-    kept = []
-    for pair in pairs:
-        left[pair["reason"]] -= 1
-        if left[pair["reason"]] >= 0:
-            kept.append(pair)
-    return kept
+    frequent, rarer = sorted((NEEDLESS, MISSING), key=lambda reason: -counts[reason])
+    pairs = [*pairs, *[pair for pair in spare if pair["reason"] == rarer][: counts[frequent] - counts[rarer]]]
+    left = MOST * max(1, sum(pair["reason"] == rarer for pair in pairs))
+    order = itertools.count(1)
+    return [pair for pair in pairs if pair["reason"] != frequent or next(order) <= left]
 
 
 def judge(row: dict, parsed: Parsed, finished: bool, soul: Soul) -> tuple[str, dict | None]:

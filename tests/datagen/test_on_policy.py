@@ -85,6 +85,15 @@ def test_neither_error_outweighs_the_other(needless, missing, kept):
     assert found == [pair for pair in pairs if pair in found]
 
 
+@pytest.mark.parametrize("needless, missing, kept", [(12, 3, (12, 12)), (1, 9, (6, 9)), (5, 0, (5, 5)), (4, 4, (4, 4)), (40, 1, (33, 11))])
+def test_what_the_models_own_pairs_lack_is_filled_with_those_of_convert(needless, missing, kept):
+    pairs = [{"id": i, "reason": reason} for i, reason in enumerate([NEEDLESS] * needless + [MISSING] * missing)]
+    spare = [{"id": f"s{i}", "reason": reason} for i, reason in enumerate([MISSING, "add", NEEDLESS] * 10) if reason != NEEDLESS or i < 15]
+    found = balanced(pairs, spare)
+    assert tuple(sum(pair["reason"] == reason for pair in found) for reason in (NEEDLESS, MISSING)) == kept
+    assert len(found) == sum(kept) == len({pair["id"] for pair in found})
+
+
 def test_rows_without_a_request_are_no_prompts(tmp_path):
     with pytest.raises(UserError, match="no rollout has a request and a reply"):
         choose([{"messages": [assistant("hi.")]}, {"prompt": []}], 4, 0)
@@ -109,7 +118,15 @@ def test_the_command_writes_pairs_that_dpo_can_read(tmp_path, monkeypatch):
     pairs = {pair["id"]: pair for pair in load_rows([tmp_path / "data/on_policy_preference.parquet"], "preference")}
     assert set(pairs) == {"own-a", "own-b"} and pairs["own-a"]["rejected"] == [own[1]] and pairs["own-b"]["chosen"] == TALK["messages"][1:]
     stats = json.loads((tmp_path / "data/on_policy_stats.json").read_text())
-    assert stats == {"asked": 3, "pairs": 2, "verdicts": {"agreed": 1, "needless_call": 1, "told_without_looking": 1}}
+    assert stats == {"asked": 3, "pairs": 2, "of_convert": 0, "verdicts": {"agreed": 1, "needless_call": 1, "told_without_looking": 1}}
+
+    made = [pairs["own-a"] | {"id": f"made-{i}", "reason": reason} for i, reason in enumerate([NEEDLESS, MISSING, "add"])]
+    write_rows(tmp_path / "data/rollouts_preference.parquet", made, "preference")
+    monkeypatch.setattr(on_policy, "replies", lambda asked, config: [(row, replied(own[0]), True) for row in asked if row["id"] != "b"])
+    assert main(Config(out=tmp_path)) == 0
+    pairs = load_rows([tmp_path / "data/on_policy_preference.parquet"], "preference")
+    assert sorted(pair["id"] for pair in pairs) == ["made-1", "own-c"]
+    assert json.loads((tmp_path / "data/on_policy_stats.json").read_text())["of_convert"] == 1
 
 
 def named(rows: list[dict], like: dict) -> dict:
