@@ -6,6 +6,7 @@ Shape suffixes as in transformer.py, and G = H/K query heads per kv head.
 import functools
 import logging
 import math
+from dataclasses import fields
 
 import jax
 import jax.numpy as jnp
@@ -53,18 +54,9 @@ def by_splash(q_bthk, k_bskh, v_bskh, segments_bt):
     def attend(q, k, v, segments):
         t, heads, h = q.shape[1:]
         size = next(n for n in (512, 256, 128) if t % n == 0)
-        names = (
-            "block_q",
-            "block_kv",
-            "block_kv_compute",
-            "block_q_dkv",
-            "block_kv_dkv",
-            "block_kv_dkv_compute",
-            "block_q_dq",
-            "block_kv_dq",
-        )
-        kernel = splash.make_splash_mha_single_device(
-            splash.MultiHeadMask([splash.CausalMask((t, t))] * heads), block_sizes=splash.BlockSizes(**dict.fromkeys(names, size)))  # fmt: skip
+        sizes = dict.fromkeys((field.name for field in fields(splash.BlockSizes) if field.name.startswith("block")), size)
+        mask = splash.MultiHeadMask([splash.CausalMask((t, t))] * heads)
+        kernel = splash.make_splash_mha_single_device(mask, block_sizes=splash.BlockSizes(**sizes))
         q, k, v = ((x * h**-0.5 if x is q else x).swapaxes(1, 2) for x in (q, k, v))
         if segments is None:
             return jax.vmap(kernel)(q, k, v).swapaxes(1, 2)
@@ -80,9 +72,8 @@ UNITS = {by_cudnn: 2, by_splash: 128}  # rows of other lengths are left to XLA (
 def _by_heads(attend, q, k, v, segments):
     """`attend` where XLA may still split a shard's work (the mesh's `tensor`) takes each device's heads: no kernel can be split by XLA."""
     mesh = jax.sharding.get_abstract_mesh()
-    free = tuple(
-        name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto and mesh.shape[name] > 1
-    )
+    split = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
+    free = tuple(name for name, size, kind in split if kind == AxisType.Auto and size > 1)
     if not free:
         return attend(q, k, v, segments)
     heads = P(None, None, free if k.shape[2] % math.prod(mesh.shape[name] for name in free) == 0 else None)

@@ -253,15 +253,8 @@ def _swiglu_fwd(x_nd, w_gate, w_up, w_down, compute):
     x = x_nd.astype(kind)
     g_nf, u_nf = activation(x, w_gate.astype(kind), 1, 0), activation(x, w_up.astype(kind), 1, 0)
     a_nf = (jax.nn.silu(g_nf) * u_nf).astype(kind)
-    return activation(a_nf, w_down.astype(kind), 1, 0), (
-        x,
-        w_gate,
-        w_up,
-        w_down,
-        g_nf.astype(kind),
-        u_nf.astype(kind),
-        jnp.zeros((), x_nd.dtype),
-    )
+    kept = x, w_gate, w_up, w_down, g_nf.astype(kind), u_nf.astype(kind), jnp.zeros((), x_nd.dtype)
+    return activation(a_nf, w_down.astype(kind), 1, 0), kept
 
 
 def _swiglu_bwd(compute, kept, dy_nd):
