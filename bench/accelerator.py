@@ -80,7 +80,7 @@ def devices() -> list:
     jax.config.update("jax_platforms", "cpu")
     os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-8", "TPU_WORKER_HOSTNAMES": "localhost"}
     if CONFIG.device == "v5e":
-        found, backend, fast = topologies.get_topology_desc("v5e:2x4", platform="tpu").devices, "tpu", attention.by_splash
+        found, backend, fast = absent("v5e:2x4", "tpu"), "tpu", attention.by_splash
     else:
         os.environ["XLA_FLAGS"] = "--xla_gpu_enable_triton_gemm=false"
         from jax._src.cudnn import fused_attention_stablehlo as cudnn  # its questions to the device, answered as an H200 would
@@ -88,11 +88,21 @@ def devices() -> list:
         cudnn.check_cudnn_version, cudnn.check_compute_capability = lambda: 91_000, lambda _: True
         cudnn.is_cuda_compute_capability_equal = lambda capability: capability == "9.0"
         count = np.prod([int(n) for n in CONFIG.mesh.split(",")])
-        found = topologies.get_topology_desc("h200", "cuda", target_config=H200, topology=f"1x1x{count}").devices
+        found = absent("h200", "cuda", target_config=H200, topology=f"1x1x{count}")
         backend, fast = "gpu", attention.by_cudnn
     jax.default_backend = lambda: backend
     attention.fast_attention = lambda *_: fast
     return found
+
+
+def absent(name: str, platform: str, **how) -> list:
+    """Devices that are not here."""
+    try:
+        return topologies.get_topology_desc(name, platform, **how).devices
+    except RuntimeError as error:  # jax has no type of its own for a plugin that is not installed
+        sys.exit(
+            f"cannot compile for {CONFIG.device} here: {str(error).splitlines()[0]}\nInstall jax[cuda12] (h200) or libtpu (v5e) for this jax."
+        )
 
 
 @dataclass(frozen=True)
@@ -113,20 +123,16 @@ def work(layers: int, where) -> Work:
     """At `layers` layers; `where` is a Layout with a mesh, or a device."""
     if CONFIG.stage == "pretrain":
         plan = dials.dial(CONFIG.depths[0] if layers in (4, 8) else layers, CONFIG.vocab, length=CONFIG.length, batch_rows=CONFIG.rows)
-        model, optimizer, tokens = (
-            replace(plan.model, n_layers=layers),
-            muon_adamw(plan.rates, plan.steps, "bf16"),
-            CONFIG.rows * CONFIG.length,
-        )
+        model, tokens = replace(plan.model, n_layers=layers), CONFIG.rows * CONFIG.length
+        optimizer = muon_adamw(plan.rates, plan.steps, "bf16")
         batch = as_batch(np.random.default_rng(0).integers(0, CONFIG.vocab, (CONFIG.rows, CONFIG.length + 1)), CONFIG.rows)
     else:
         paired = CONFIG.stage == "dpo"
         model, optimizer = replace(SMOLLM, n_layers=layers, max_len=CONFIG.length), adamw(OptimConfig(), 1000)
         packed = Packed.build(random_items(paired, CONFIG.length // 4, 8 * CONFIG.rows, 0.4, 49_152), CONFIG.length, CONFIG.rows, 0)
-        batch, tokens = (
-            packed.block(0) | ({"reference": np.zeros(packed.supervised, np.float32)} if paired else {}),
-            packed.tokens / len(packed.blocks),
-        )
+        batch, tokens = packed.block(0), packed.tokens / len(packed.blocks)
+        if paired:
+            batch |= {"reference": np.zeros(packed.supervised, np.float32)}
     graph, params = nnx.split(nnx.eval_shape(lambda: Decoder(model, compute="bf16")))
     layout = replace(where, model=model) if isinstance(where, Layout) else Layout()
     loss = Preference() if CONFIG.stage == "dpo" else losses.nll
@@ -147,7 +153,8 @@ def work(layers: int, where) -> Work:
 
 
 def memory(this: Work) -> tuple[int, list]:
-    """Bytes at the peak beside the state, as the planner counts them, and the programs of a gradient."""
+    """Bytes at the peak beside the state, and the programs of a gradient. Probe.memory's rule, but each abstract argument says its device:
+    without, XLA would compile for the CPU."""
     p, params, batch = this.programs, this.state.params, this.batch
     value, grads = jax.eval_shape(p.gradients, params, None, batch)
     grads = jax.tree.map(lambda g, like: jax.ShapeDtypeStruct(g.shape, g.dtype, sharding=like.sharding), grads, params)
@@ -222,13 +229,11 @@ def report(layers: int, where) -> None:
         f"{CONFIG.stage}, {layers} layers, {CONFIG.rows} × {CONFIG.length}: state {state / 1e9:.2f} GB{split}, beside it {need / 1e9:.2f} GB a device"
     )
     print("  attention kernels:", ", ".join(f"{count} {name}" for name, count in names.items()) or "none")
-    if CONFIG.stage == "pretrain" and layers > 8 and not split:
-        low, high = (memory(work(n, where))[0] for n in (4, 8)) if layers == CONFIG.depths[0] else (None, None)
-        if low:
-            guess = low + (high - low) * (layers - 4) / 4
-            print(
-                f"  the planner, from 4 and 8 layers: {guess / 1e9:.2f} GB beside the state, {(guess + state) / (need + state) - 1:+.1%} of all"
-            )
+    if CONFIG.stage == "pretrain" and layers == CONFIG.depths[0] > 8 and not split:
+        low, high = (memory(work(n, where))[0] for n in (4, 8))
+        guess = low + (high - low) * (layers - 4) / 4
+        off = (guess + state) / (need + state) - 1
+        print(f"  the planner, from 4 and 8 layers: {guess / 1e9:.2f} GB beside the state, {off:+.1%} of all")
     if CONFIG.device == "h200":
         peak, limits = PEAKS["H200"] * 1e12, ((1, 1), (0.7, 0.85))
 
@@ -277,12 +282,7 @@ def measure(layers: int) -> None:
 
 
 def main() -> None:
-    try:
-        found = devices()
-    except (RuntimeError, NotImplementedError, KeyError) as error:
-        sys.exit(
-            f"cannot compile for {CONFIG.device} here: {str(error).splitlines()[0]}\nInstall jax[cuda12] (h200) or libtpu (v5e) of this jax."
-        )
+    found = devices()
     if CONFIG.attention == "xla":
         attention.fast_attention = lambda *_: None
     sizes = [int(n) for n in CONFIG.mesh.split(",")]

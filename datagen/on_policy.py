@@ -53,9 +53,10 @@ def main(config: Config) -> int:
         raise UserError("--n, --max-new and --batch begin at 1, --temperature at 0")
     soul = load_soul(config.soul)
     rows = [row for path in config.data or (config.out / "data/rollouts.parquet",) for row in read_rows(path)]
-    judged = [judge(row, parsed, finished, soul) for row, parsed, finished in replies(choose(rows, config.n, config.seed), config)]
     made = config.out / "data/rollouts_preference.parquet"
-    pairs = balanced(own := [pair for _, pair in judged if pair], read_rows(made) if made.exists() else ())
+    spare = read_rows(made) if made.exists() else []
+    judged = [judge(row, parsed, finished, soul) for row, parsed, finished in replies(choose(rows, config.n, config.seed), config)]
+    pairs = balanced(own := [pair for _, pair in judged if pair], spare)
     verdicts = Counter(verdict for verdict, _ in judged)
     write_rows(config.out / "data/on_policy_preference.parquet", pairs, "preference")
     filled = sum(pair not in own for pair in pairs)

@@ -26,7 +26,7 @@ def attention(q_bthk, k_bskh, v_bskh, segments_bt=None, compute: str = "fp32") -
     if jax.default_backend() == "cpu":
         return _attend(q_bthk, k_bskh, v_bskh, segment_starts(q_bthk.shape[:2], segments_bt), kind)
     fast = fast_attention(jax.default_backend(), q_bthk.shape[3], segments_bt is not None) if kind == jnp.bfloat16 else None
-    if q_bthk.shape[1] % (UNITS.get(fast) or 1):
+    if q_bthk.shape[1] % UNITS.get(fast, 1):
         fast = None
     q, k, v = (x.astype(kind) for x in (q_bthk, k_bskh, v_bskh))
     return (fast or by_xla)(q, k, v, segments_bt).astype(jnp.float32)
